@@ -5,6 +5,8 @@ Shapes: R rows, H hash heads, U row width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -44,6 +46,10 @@ class ResidentTable(nn.Module):
         if self.storage != "float32":
             rows = rows + (round_rows(rows, self.storage) - rows).detach()
         return rows.flatten(-2)
+
+    def begin(self, addresses: Tensor) -> Callable[[], Tensor]:
+        """Return what gives `self(addresses)`: nothing has to be fetched ahead from a resident table."""
+        return partial(self, addresses)
 
     @property
     def bytes_per_row(self) -> int:

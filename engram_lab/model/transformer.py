@@ -6,6 +6,8 @@ D]" of a block stands for [B, T, n, D] in a network with several streams.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -66,10 +68,18 @@ class Transformer(nn.Module):
     """A decoder-only language model with optional routed experts and n-gram memory.
 
     `canonical` [V] maps token ids to the ids that are hashed (None: hash token ids themselves) and `eos_id`
-    ends a document and pads on the left.
+    ends a document and pads on the left. `tables`, one a memory layer, are those of `build_tables` unless
+    given: rows may live elsewhere than in this module (memory/).
     """
 
-    def __init__(self, config: ModelConfig, *, canonical: Tensor | None = None, eos_id: int = 0) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        canonical: Tensor | None = None,
+        eos_id: int = 0,
+        tables: nn.ModuleList | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.eos_id = config, eos_id
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
@@ -83,7 +93,7 @@ class Transformer(nn.Module):
         if config.engram is not None:
             known = None if canonical is None else canonical.cpu().numpy()
             self.hash = TorchNgramHash(NgramHash.build(config.engram, known, config.vocab_size, eos_id))
-            self.tables = build_tables(config.engram)
+            self.tables = build_tables(config.engram) if tables is None else tables
 
     def forward(self, ids: Tensor, addresses: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Return logits [B, T, V] for ids [B, T]; `addresses` [M, B, T, H] spares hashing them again."""
@@ -95,13 +105,15 @@ class Transformer(nn.Module):
         targets: Tensor,
         addresses: Tensor | None = None,
         *,
+        readings: Tensor | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
         """Return the cross-entropy in nats of `targets` [B, T]; "none" gives one value a token, [B, T].
 
-        In training, "mean" adds the experts' balance loss, if the configuration asks for one.
+        `readings` [M, B, T, H * row_dim] stand in for what the tables hold at the addresses. In training,
+        "mean" adds the experts' balance loss, if the configuration asks for one.
         """
-        h = self.hidden(ids, addresses).flatten(0, 1)
+        h = self.hidden(ids, addresses, readings=readings).flatten(0, 1)
         loss = linear_cross_entropy(h, self.head.weight, targets.flatten(), reduction=reduction)
         if reduction == "none":
             return loss.view_as(targets)
@@ -109,13 +121,26 @@ class Transformer(nn.Module):
             loss = loss + self.config.ffn.balance_loss * sum(router.imbalance for router in self.routers())
         return loss
 
-    def hidden(self, ids: Tensor, addresses: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        addresses: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        readings: Tensor | None = None,
+    ) -> Tensor:
         """Return the normalised last hidden states [B, T, D].
 
-        With a `cache`, `ids` continue those of earlier calls, and only the new positions are computed.
+        With a `cache`, `ids` continue those of earlier calls, and only the new positions are computed. Tables
+        begin to fetch before the first block computes; each memory waits for its own reading only.
         """
-        if addresses is None and self.hash is not None:
-            addresses = self.hash(ids) if cache is None else cache.addresses(self.hash, ids)
+        pending: list[Callable[[], Tensor]] = []
+        if readings is not None:
+            pending = [partial(readings.__getitem__, m) for m in range(len(readings))]
+        elif self.hash is not None:
+            if addresses is None:
+                addresses = self.hash(ids) if cache is None else cache.addresses(self.hash, ids)
+            pending = [table.begin(a) for table, a in zip(self.tables, addresses, strict=True)]
         h = self.embedding(ids)
         mask = real = None
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -124,12 +149,11 @@ class Transformer(nn.Module):
         rope = self._rope(positions, torch.promote_types(h.dtype, torch.float32))
         if self.config.streams > 1:
             h = h.unsqueeze(-2).expand(-1, -1, self.config.streams, -1)
-        tables = iter(zip(self.tables, () if addresses is None else addresses, strict=True))
+        arriving = iter(pending)
         for layer, block in enumerate(self.blocks):
             e = None
             if block.engram is not None:
-                table, rows = next(tables)
-                e = table(rows)
+                e = next(arriving)()
                 if real is not None:
                     e = e * real.unsqueeze(-1)
             h = block(h, rope, e, mask, None if cache is None else cache.layers[layer])
