@@ -22,11 +22,16 @@ class BudgetConfig:
     """`published`: rows replace experts and the memory's projections come on top, as in every published
     point. `strict`: the projections are paid for, so that all cells have equal totals and FLOPs."""
 
+    rows_step: int = 1
+    """Rows per head, before the search for primes, are a multiple of this; `published` mode only. The
+    published tables come in steps of half their vocabulary: 2,262,400 and 7,239,680 are 35 and 112 x 64,640."""
+
     def __post_init__(self) -> None:
         if self.rho is not None and not 0 <= self.rho <= 1:
+            percent = 2 <= self.rho <= 100
             hint = (
                 f" Did you mean {self.rho / 100:g}?"
-                if 1 < self.rho <= 100
+                if percent
                 else f" The nearest is {float(self.rho > 1):g}."
             )
             raise UserError(f"budget.rho is {self.rho}: it must lie between 0 and 1.{hint}")
@@ -36,4 +41,11 @@ class BudgetConfig:
             raise UserError(
                 f"budget.mode is {self.mode!r}: choose 'published' or 'strict'."
                 + nearest(str(self.mode), ("published", "strict"))
+            )
+        if self.rows_step < 1:
+            raise UserError(f"budget.rows_step is {self.rows_step}: it must be at least 1.")
+        if self.rows_step > 1 and self.mode == "strict":
+            raise UserError(
+                f"budget.rows_step is {self.rows_step}, but budget.mode 'strict' holds the total, which takes "
+                "rows in any number: use 1, or mode 'published'."
             )

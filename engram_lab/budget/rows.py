@@ -36,13 +36,13 @@ class Tolerance(NamedTuple):
 
 
 def fit_memory(
-    network: ModelConfig, parameters: int, total: int, tolerance: Tolerance, *, pay: bool
+    network: ModelConfig, parameters: int, total: int, tolerance: Tolerance, *, pay: bool, step: int = 1
 ) -> EngramConfig:
     """Return the memory of `network` sized to `parameters`, within the `tolerance` of `total` where sizes
     allow.
 
     Rows alone are counted, or with `pay` the module's other parameters too. The plain branch of the `mlp`
-    control takes all of them for its matrices. UserError where the parameters do not do for the smallest
+    control takes all of them for its matrices. Rows per head are a multiple of `step`. UserError where the parameters do not do for the smallest
     memory.
     """
     memory = network.engram
@@ -57,6 +57,8 @@ def fit_memory(
     sizes = {"mlp": ("mlp_hidden", 1), "product_key": ("product_keys", memory.product_top_k)}
     if memory.module not in sizes:
         rows = parameters - cost(memory) + sum(memory_rows(memory)) * memory.row_dim
+        if step > 1:
+            return fit_rows_in_steps(memory, round(rows / memory.row_dim), step)
         near, far = (int(share * total / memory.row_dim) for share in tolerance)
         return fit_rows(memory, round(rows / memory.row_dim), near, far)
     field, least = sizes[memory.module]
@@ -107,6 +109,16 @@ def fit_rows(config: EngramConfig, rows: int, near: int, far: int) -> EngramConf
         options = [best, (*head, previous_prime(last)), (*head, last)]
         best = min(options, key=lambda start: abs(total(start) - rows))
     return replace(config, rows_per_head=best)
+
+
+def fit_rows_in_steps(config: EngramConfig, rows: int, step: int) -> EngramConfig:
+    """Return `config` with the multiple of `step` as `rows_per_head` whose tables hold nearest to `rows`."""
+
+    def sized(number: int) -> EngramConfig:
+        return replace(config, rows_per_head=max(number, 1) * step)
+
+    above = bisect_left(range(rows // step + 2), rows, lo=1, key=lambda number: sum(table_rows(sized(number))))
+    return min(map(sized, (above - 1, above)), key=lambda memory: abs(sum(table_rows(memory)) - rows))
 
 
 def previous_prime(n: int) -> int:

@@ -71,7 +71,8 @@ def solve(network: ModelConfig, budget: BudgetConfig, *, sequence_length: int = 
     cell = replace(network, ffn=replace(network.ffn, experts=experts))
     spare = count(base).total - count(replace(cell, engram=None)).total
     pay, tolerance = budget.mode == "strict", TOLERANCE[budget.mode]
-    cell = replace(cell, engram=fit_memory(network, spare, count(base).total, tolerance, pay=pay))
+    memory = fit_memory(network, spare, count(base).total, tolerance, pay=pay, step=budget.rows_step)
+    cell = replace(cell, engram=memory)
     return _allocation(cell, base, budget, realised, sequence_length)
 
 

@@ -111,6 +111,22 @@ def test_published_expert_counts(most, rho, experts):
     assert cell.rho_nominal == rho
 
 
+@pytest.mark.parametrize("step", [100, 700, 100_000])
+def test_rows_come_in_the_steps_asked_for(step):
+    def rows(start):
+        return sum(table_rows(replace(QUICKSTART.engram, rows_per_head=start)))
+
+    exact = solve(QUICKSTART, BudgetConfig(rho=0.5))
+    cell = solve(QUICKSTART, BudgetConfig(rho=0.5, rows_step=step))
+    number, rest = divmod(cell.network.engram.rows_per_head, step)
+    assert rest == 0
+    misses = {n: abs(rows(n * step) - exact.slots) for n in (number - 1, number, number + 1) if n}
+    assert misses[number] == min(misses.values())
+    base = solve(QUICKSTART, BudgetConfig(rho=1.0)).total_parameters
+    surplus = (cell.slots - exact.slots) * QUICKSTART.engram.row_dim / base
+    assert cell.total_mismatch - exact.total_mismatch == pytest.approx(surplus)
+
+
 def test_a_total_chooses_the_experts_at_rho_one():
     wanted = solve(QUICKSTART, BudgetConfig(rho=1.0)).total_parameters
     few = replace(QUICKSTART, ffn=replace(QUICKSTART.ffn, experts=5))
@@ -157,9 +173,11 @@ def test_rows_come_within_one_prime_step(rows, heads, orders, layers):
 @pytest.mark.parametrize(
     ("network", "budget", "words"),
     [
-        (QUICKSTART, {"rho": 1.5}, "budget.rho is 1.5"),
-        (QUICKSTART, {"rho": 75.0}, "0.75"),
-        (QUICKSTART, {"rho": -0.1}, "between 0 and 1"),
+        (QUICKSTART, {"rho": 1.5}, r"budget.rho is 1.5: it must lie between 0 and 1. The nearest is 1.$"),
+        (QUICKSTART, {"rho": 75.0}, r"Did you mean 0.75\?"),
+        (QUICKSTART, {"rho": -0.1}, "between 0 and 1. The nearest is 0.$"),
+        (QUICKSTART, {"rho": 0.5, "rows_step": 0}, "budget.rows_step is 0"),
+        (QUICKSTART, {"rho": 0.5, "rows_step": 512, "mode": "strict"}, "budget.rows_step is 512"),
         (QUICKSTART, {"rho": float("nan")}, "between 0 and 1"),
         (QUICKSTART, {"rho": 0.5, "mode": "strickt"}, "Did you mean 'strict'"),
         (QUICKSTART, {"rho": 0.5, "total_parameters": 100_000}, "budget.total_parameters is 100,000"),
