@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from engram_lab.memory.resident import ResidentTable
+from engram_lab.memory.resident import Table
 from engram_lab.model.transformer import Block, Transformer
 
 QUANTILES = (0.1, 0.5, 0.9)
@@ -63,7 +63,7 @@ def memory_health(network: Transformer, ids: Tensor, addresses: Tensor) -> dict[
         (inputs, output) = added[layer][0]
         numbers[f"{name}/contribution_ratio"] = (_rms(output) / _rms(inputs[0])).item()
         if network.config.engram.n_heads:  # rivals that hash nothing read no rows
-            table = cast(ResidentTable, network.tables[index])
+            table = cast(Table, network.tables[index])
             rows = table.begin(addresses[index])().unflatten(-1, (network.config.engram.n_heads, -1))
             numbers[f"{name}/row_norm"] = rows.float().norm(dim=-1).mean().item()
         for _, alpha in gates[layer]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,13 @@ RowStorage = Literal["float32", "bfloat16", "float8", "float8_row"]
 """How rows are stored for serving; the float8 formats are e4m3 with a power-of-two scale byte per block of 32
 values (DeepSeek-V4.1's 256 + 8 bytes) or per row."""
 FLOAT8_BLOCK = 32
+
+
+class Table(Protocol):
+    """What a network asks of a table, wherever its rows live."""
+
+    def begin(self, addresses: Tensor) -> Callable[[], Tensor]:
+        """Begin to fetch the rows [..., H]; the result waits for them and gives the reading [..., H * U]."""
 
 
 class ResidentTable(nn.Module):

@@ -6,7 +6,7 @@ D]" of a block stands for [B, T, n, D] in a network with several streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -140,7 +140,8 @@ class Transformer(nn.Module):
         elif self.hash is not None:
             if addresses is None:
                 addresses = self.hash(ids) if cache is None else cache.addresses(self.hash, ids)
-            pending = [table.begin(a) for table, a in zip(self.tables, addresses, strict=True)]
+            tables: Iterable[Any] = self.tables
+            pending = [table.begin(a) for table, a in zip(tables, addresses, strict=True)]
         h = self.embedding(ids)
         mask = real = None
         positions = torch.arange(ids.shape[1], device=ids.device)
