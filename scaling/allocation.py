@@ -162,9 +162,10 @@ def one_budget(frame: pl.DataFrame, budget: float | None) -> tuple[pl.DataFrame,
     if budget is None:
         if len(found) > 1:
             listing = ", ".join(f"{value:.3g}" for value in found)
+            held = f"Column 'budget' holds {len(found)} budgets ({listing} FLOPs), and this fit takes one;"
             raise ScalingError(
-                f"Column 'budget' holds {len(found)} budgets ({listing} FLOPs); an allocation fit takes one: "
-                "choose with budget=, fit each with fit_allocations, or all together with fit_joint."
+                f"{held} choose with budget=, fit each with fit_allocations, or all together with fit_joint.",
+                shell=f"{held} choose with --budget {found[-1]:.3g}, or fit shares at all with `scaling fit joint`.",
             )
         return frame, found[0]
     nearest = int(np.argmin(np.abs(np.log(np.array(found) / budget)))) if budget > 0 else -1

@@ -100,12 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.run(given)
     except ScalingError as error:
-        print(f"scaling: {error}", file=sys.stderr)
+        print(f"error: {error.in_shell(_options(given))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
     return 0
+
+
+def _options(given: argparse.Namespace) -> list[str]:
+    """Return the command's options, as the functions that it calls name them."""
+    return [name for name, value in vars(given).items() if not callable(value) and name != "table"]
 
 
 def parser() -> argparse.ArgumentParser:

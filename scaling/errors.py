@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -12,6 +13,20 @@ class ScalingError(Exception):
     The message is one sentence that names the column (and row), the value and what would be right. Data
     that can be read but do not decide a question never raise: the result says so in its status.
     """
+
+    def __init__(self, message: str, *, shell: str | None = None) -> None:
+        """`shell` is the message for a reader at a command line, where the way out is an option of its own."""
+        super().__init__(message)
+        self._shell = message if shell is None else shell
+
+    def in_shell(self, options: Iterable[str]) -> str:
+        """Return the message with keywords of functions, such as `budget=`, written as options: `--budget`."""
+        said = self._shell
+        for name in options:
+            flag = f"--{name.replace('_', '-')}"
+            said = re.sub(rf"(?<![\w-]){name}=", f"{flag} ", said)
+            said = re.sub(rf"(^|\band ){name} is ", rf"\g<1>{flag} is ", said)
+        return said
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +14,11 @@ import numpy as np
 import polars as pl
 
 from scaling.errors import ScalingError, nearest
-from scaling.schema import ALIASES, BY_NAME, NAMES, Column, squash
+from scaling.files import load
+from scaling.schema import ALIASES, BY_NAME, NAMES, NO_CONTROL, NULLS, STATUS_WORDS, Column, squash
 
 Source = pl.DataFrame | Mapping[str, Any] | str | Path
-"""What every fit accepts: a polars frame, a mapping of columns, or the path of a CSV or Parquet file."""
+"""What every fit accepts: a polars frame, a mapping of columns, or the path of a file (`scaling.files`)."""
 
 BUDGET_GAP = 1.15
 """Runs whose training compute differs by less than this factor from the next belong to one budget: the
@@ -54,7 +58,12 @@ def read(source: Source, columns: Mapping[str, str] | None = None) -> pl.DataFra
         if name in BY_NAME:
             frame = frame.with_columns(_typed(frame, BY_NAME[name]))
     if "control" in frame.columns:
-        frame = frame.with_columns(pl.col("control").fill_null(""))
+        control = pl.col("control").fill_null("")
+        none = control.str.to_lowercase().is_in(list(NO_CONTROL))
+        frame = frame.with_columns(pl.when(none).then(pl.lit("")).otherwise(control).alias("control"))
+    if "status" in frame.columns:
+        lower = pl.col("status").str.to_lowercase()
+        frame = frame.with_columns(lower.replace_strict(STATUS_WORDS, default=pl.col("status")))
     return frame
 
 
@@ -63,10 +72,25 @@ def need(frame: pl.DataFrame, *names: str) -> None:
     for name in names:
         if name not in frame.columns:
             unit = f" ({BY_NAME[name].unit})" if name in BY_NAME and BY_NAME[name].unit else ""
-            raise ScalingError(
-                f"Column {name!r}{unit} is missing; the table has {_listing(frame.columns)}. Map another "
-                f'name with columns={{"{name}": "its name"}}.{nearest(name, frame.columns)}'
-            )
+            what = f"Column {name!r}{unit} is missing; the table has {_listing(frame.columns)}."
+            if name not in BY_NAME:
+                raise ScalingError(f"{what}{nearest(name, frame.columns)}")
+            close = _close(name, frame.columns)
+            meant = f"name it with columns={{{name!r}: {close or 'its name'!r}}}".replace("'", '"')
+            typed = f"name it with --map {name}={shlex.quote(close) if close else 'NAME'}"
+            asked = f" Did you mean {close!r}? If so," if close else " If another column holds it,"
+            raise ScalingError(f"{what}{asked} {meant}.", shell=f"{what}{asked} {typed}.")
+
+
+def _close(name: str, columns: Sequence[str]) -> str:
+    """Return the column most like a documented name, or "" when none is like it."""
+    spellings = {squash(name), *(alias for alias, meant in ALIASES.items() if meant == name)}
+    for column in columns:
+        if any(len(spelling) > 2 and spelling in squash(column) for spelling in spellings):
+            return column
+    bare = {squash(column): column for column in columns}
+    close = [m for spelling in spellings for m in difflib.get_close_matches(spelling, bare, 1, 0.75)]
+    return bare[close[0]] if close else ""
 
 
 def finished(
@@ -150,66 +174,75 @@ def _load(source: Source) -> pl.DataFrame:
         raise ScalingError(
             f"Runs cannot be read from a {type(source).__name__}; a frame, a mapping or a path is needed."
         )
-    path = Path(source)
-    if not path.is_file():
-        raise ScalingError(f"File {str(path)!r} does not exist; a CSV or Parquet file is needed.")
-    readers = {".csv": pl.read_csv, ".tsv": pl.read_csv, ".parquet": pl.read_parquet, ".pq": pl.read_parquet}
-    suffix = path.suffix.lower()
-    if suffix not in readers:
-        raise ScalingError(f"File {path.name!r} ends in {suffix!r}; .csv, .tsv and .parquet can be read.")
-    try:
-        if suffix in (".csv", ".tsv"):
-            separator = "\t" if suffix == ".tsv" else ","
-            return pl.read_csv(
-                path, separator=separator, infer_schema_length=None, null_values=["", "NA", "null"]
-            )
-        return pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ScalingError(f"File {path.name!r} cannot be read as {suffix[1:].upper()}: {reason}.") from error
+    return load(Path(source))
 
 
 def _rename(frame: pl.DataFrame, columns: Mapping[str, str]) -> pl.DataFrame:
     renames: dict[str, str] = {}
     for name, given in columns.items():
         if name not in BY_NAME:
+            known = f"which is not a documented column.{nearest(name, NAMES)}"
             raise ScalingError(
-                f"columns names {name!r}, which is not a documented column.{nearest(name, NAMES)}"
+                f"columns names {name!r}, {known}",
+                shell=f"--map {name}={given} names {name!r}, {known} `scaling columns` lists them.",
             )
         if given not in frame.columns:
+            missing = (
+                f"which the table does not have; it has {_listing(frame.columns)}."
+                f"{nearest(given, frame.columns)}"
+            )
             raise ScalingError(
-                f"columns maps {name!r} to {given!r}, which the table does not have; it has "
-                f"{_listing(frame.columns)}.{nearest(given, frame.columns)}"
+                f"columns maps {name!r} to {given!r}, {missing}",
+                shell=f"--map {name}={given} names {given!r}, {missing}",
             )
         renames[given] = name
-    taken = set(renames.values()) | {
-        name for name in frame.columns if name in BY_NAME and name not in renames
-    }
+    taken = set(renames.values())
+    meant: dict[str, list[str]] = {}
     for given in frame.columns:
-        meant = ALIASES.get(squash(given))
-        if given in renames or meant is None or meant in taken:
-            continue
-        renames[given] = meant
-        taken.add(meant)
-    # a column displaced by an explicit mapping keeps its data under another name
+        name = given if given in BY_NAME else ALIASES.get(squash(given), "")
+        if name and name not in taken and given not in renames:
+            meant.setdefault(name, []).append(given)
+    renames |= {_chosen(frame, name, spelt): name for name, spelt in meant.items()}
+    # a column displaced by another keeps its data under another name
     clash = {
         name: f"{name}_unmapped" for name in frame.columns if name in renames.values() and name not in renames
     }
     return frame.rename({**clash, **renames})
 
 
+def _chosen(frame: pl.DataFrame, name: str, spelt: Sequence[str]) -> str:
+    """Return which of several spellings of a documented name is meant: its own, or any where all agree."""
+    for own in (name, *(given for given in spelt if squash(given) == squash(name))):
+        if own in spelt:
+            return own
+    first = frame[spelt[0]]
+    for other in spelt[1:]:
+        if not first.equals(frame[other].alias(first.name), null_equal=True):
+            said = f"Columns {spelt[0]!r} and {other!r} can both be {name!r}, and they differ; choose with"
+            raise ScalingError(
+                f'{said} columns={{"{name}": "{spelt[0]}"}}.',
+                shell=f"{said} --map {name}={shlex.quote(spelt[0])}.",
+            )
+    return spelt[0]
+
+
 def _typed(frame: pl.DataFrame, column: Column) -> pl.Series:
     series = frame[column.name]
-    if column.kind is str:
-        return series.cast(pl.String)
+    if series.dtype in (pl.Categorical, pl.Enum):
+        series = series.cast(pl.String)
     if series.dtype == pl.String:
         stripped = series.str.strip_chars()
-        cast = stripped.cast(pl.Float64, strict=False)
-        bad = (stripped.is_not_null() & cast.is_null() & (stripped != "")).arg_true()
+        series = stripped.set(stripped.str.to_lowercase().is_in(list(NULLS)).fill_null(False), None)
+    if column.kind is str:
+        if series.dtype.is_nested() or series.dtype == pl.Object:
+            raise ScalingError(f"Column {column.name!r} holds {series.dtype}; text is needed.")
+        return series.cast(pl.String)
+    if series.dtype == pl.String:
+        cast = series.cast(pl.Float64, strict=False)
+        bad = (series.is_not_null() & cast.is_null()).arg_true()
         if len(bad):
-            raise ScalingError(
-                f"Row {int(bad[0]) + 1}, column {column.name!r}: {series[int(bad[0])]!r} is not a number."
-            )
+            row = int(bad[0])
+            raise ScalingError(f"Row {row + 1}, column {column.name!r}: {_no_number(series[row])}")
         series = cast
     elif not (series.dtype.is_numeric() or series.dtype in (pl.Boolean, pl.Null)):
         raise ScalingError(f"Column {column.name!r} holds {series.dtype}; numbers are needed.")
@@ -222,6 +255,22 @@ def _typed(frame: pl.DataFrame, column: Column) -> pl.Series:
             raise ScalingError(f"Row {row + 1}, column 'seed': {series[row]!r} is not a whole number.")
         return series.fill_nan(None).cast(_POLARS[int]).alias(column.name)
     return series.alias(column.name)
+
+
+def _no_number(text: str) -> str:
+    """Say why a text is no number, and what is."""
+    if re.fullmatch(r"[+-]?\d{1,3},\d{3}", text):
+        point, none = text.replace(",", "."), text.replace(",", "")
+        return f"{text!r} has a comma; write {point!r} if it is a decimal one, else {none!r}."
+    if re.fullmatch(r"[+-]?\d*,\d+", text):
+        return f"{text!r} has a decimal comma; write {text.replace(',', '.')!r}."
+    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?", text):
+        return f"{text!r} has commas between thousands; write {text.replace(',', '')!r}."
+    if text.endswith("%"):
+        return f"{text!r} is in per cent; write the share, a number from 0 to 1."
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?\s*[kKmMbBgGtT]", text):
+        return f"{text!r} has a suffix; write the whole number, such as 1.5e9."
+    return f"{text!r} is not a number."
 
 
 def _check_range(series: pl.Series, column: Column) -> None:
@@ -240,10 +289,10 @@ def _check_range(series: pl.Series, column: Column) -> None:
         if len(above):
             row = int(above[0])
             top = series.fill_nan(None).max()
-            percent = isinstance(top, float) and 1.0 < top <= 100.0 and column.name.startswith("rho")
-            hint = " Per cents have to be divided by 100." if percent else ""
+            percent = isinstance(top, float) and 2.0 <= top <= 100.0 and column.name.startswith("rho")
+            hint = "; if these are per cents, divide them by 100" if percent else ""
             raise ScalingError(
-                f"Row {row + 1}, column {column.name!r}: {series[row]!r} must be at most {high:g}.{hint}"
+                f"Row {row + 1}, column {column.name!r}: {series[row]!r} must be at most {high:g}{hint}."
             )
 
 

@@ -7,7 +7,28 @@ mapped by the caller (`columns={"rho": "my name"}`).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+NULLS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "-", "--", "–", "—"})
+"""Texts that stand for no value, in lower case and without spaces around."""
+STATUS_WORDS: dict[str, str] = {
+    "finished": "finished",
+    "complete": "finished",
+    "completed": "finished",
+    "done": "finished",
+    "success": "finished",
+    "failed": "failed",
+    "crashed": "failed",
+    "killed": "failed",
+    "error": "failed",
+    "running": "running",
+    "scheduled": "running",
+    "pending": "running",
+}
+"""What stores of runs call the three states, in lower case."""
+NO_CONTROL = frozenset({"false", "no", "0"})
+"""Texts in column `control` that say that a run is none, besides `NULLS`."""
 
 CEILING = 1e40
 """Largest count, size or compute that is believed: only a broken table goes beyond, and powers overflow."""
@@ -80,6 +101,8 @@ COLUMNS: tuple[Column, ...] = (
         "training flop",
         "train flops",
         "total flops",
+        "total compute",
+        "training compute",
         "iso flop",
         "isoflop",
     ),
@@ -90,7 +113,15 @@ COLUMNS: tuple[Column, ...] = (
         doc="Realised share of the sparse parameters given to routed experts, 0 to 1.",
         lower=0.0,
         upper=1.0,
-        aliases=("ρ", "allocation", "allocation ratio", "expert share", "rho realised", "rho realized"),
+        aliases=(
+            "ρ",
+            "allocation",
+            "allocation ratio",
+            "expert share",
+            "moe share",
+            "rho realised",
+            "rho realized",
+        ),
     ),
     Column(
         name="rho_nominal",
@@ -101,9 +132,23 @@ COLUMNS: tuple[Column, ...] = (
         upper=1.0,
     ),
     _count(
-        "slots", "Rows of memory over all tables; 0 for a run without memory.", "embedding slots", "rows", "m"
+        "slots",
+        "Rows of memory over all tables; 0 for a run without memory.",
+        "embedding slots",
+        "memory slots",
+        "num slots",
+        "n slots",
+        "number of slots",
+        "rows",
+        "m",
     ),
-    _count("memory_parameters", "Parameters in memory tables; 0 for a run without memory.", "memory"),
+    _count(
+        "memory_parameters",
+        "Parameters in memory tables; 0 for a run without memory.",
+        "memory",
+        "memory params",
+        "memory size",
+    ),
     _positive(
         "total_parameters",
         float,
@@ -120,6 +165,12 @@ COLUMNS: tuple[Column, ...] = (
         "size",
         "total params",
         "model params",
+        "model parameters",
+        "num parameters",
+        "n parameters",
+        "number of parameters",
+        "non embedding parameters",
+        "non embedding params",
     ),
     _positive(
         "active_parameters",
@@ -130,6 +181,7 @@ COLUMNS: tuple[Column, ...] = (
         "pact",
         "active params",
         "activated parameters",
+        "activated params",
     ),
     Column(
         name="sparse_parameters",
@@ -148,8 +200,17 @@ COLUMNS: tuple[Column, ...] = (
         "num experts",
         "n experts",
         "expert count",
+        "number of experts",
     ),
-    _positive("top_k", float, "count", "Routed experts active for one token.", "k", "active experts"),
+    _positive(
+        "top_k",
+        float,
+        "count",
+        "Routed experts active for one token.",
+        "k",
+        "active experts",
+        "experts per token",
+    ),
     _positive(
         "tokens",
         float,
@@ -160,6 +221,9 @@ COLUMNS: tuple[Column, ...] = (
         "train tokens",
         "n tokens",
         "num tokens",
+        "number of tokens",
+        "total tokens",
+        "tokens seen",
         "data",
         "dataset size",
     ),
@@ -178,7 +242,11 @@ COLUMNS: tuple[Column, ...] = (
             "validation loss",
             "eval loss",
             "test loss",
-            "final/loss",
+            "final val loss",
+            "final validation loss",
+            "final eval loss",
+            "cross entropy",
+            "cross entropy loss",
             "loss nats",
         ),
     ),
@@ -213,9 +281,22 @@ BY_NAME: dict[str, Column] = {column.name: column for column in COLUMNS}
 NAMES: tuple[str, ...] = tuple(BY_NAME)
 
 
+_UNITS = frozenset(
+    {"nats", "natspertoken", "nat", "flop", "flops", "parameters", "params", "tokens", "count"}
+)
+"""Units that change no number, so that a name may carry them in brackets."""
+
+
 def squash(name: str) -> str:
-    """Lower case without spaces, dashes, underscores and dots: how spellings are compared."""
-    return "".join(character for character in name.lower() if character not in " -_.")
+    """Lower case without spaces, dashes, underscores, dots, slashes and a harmless unit in brackets."""
+    inside = re.fullmatch(r"(.*\S)\s*[(\[]([^()\[\]]*)[)\]]\s*", name)
+    if inside and _bare(inside[2]) in _UNITS:
+        name = inside[1]
+    return _bare(name)
+
+
+def _bare(name: str) -> str:
+    return "".join(character for character in name.lower() if character not in " \t-_./:")
 
 
 ALIASES: dict[str, str] = {

@@ -57,9 +57,8 @@ def analyse(frame: pl.DataFrame) -> Study:
     names = sorted(frame["study"].drop_nulls().unique()) if "study" in frame.columns else []
     if len(names) > 1:
         listed = ", ".join(map(repr, names[:8]))
-        raise ScalingError(
-            f"Column 'study' holds {len(names)} studies ({listed}); a report is of one: keep its rows alone."
-        )
+        held = f"Column 'study' holds {len(names)} studies ({listed}), and a report is of one;"
+        raise ScalingError(f"{held} keep its rows alone.", shell=f"{held} choose with --study {names[0]}.")
     if not {"rho", *SIZES} & set(frame.columns):
         need(frame, "rho")
     runs = told_apart(frame)

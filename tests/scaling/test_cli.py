@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,7 +49,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loss = 3.0 - 0.06 * np.log(0.06 + rho) - 0.03 * np.log1p((1 - rho) / 0.05) + noise
     frame = pl.DataFrame({"study": "one", "share": rho, "loss": loss, "seed": np.tile([0, 1], 9)})
     frame = frame.with_columns(
-        size=10.0 ** (7 + pl.int_range(18) % 4), amount=10.0 ** (8 + pl.int_range(18) % 5)
+        size=10.0 ** (7 + pl.int_range(18) % 4), amount=10.0 ** (7 + pl.int_range(18) % 5), two=pl.col("seed")
     )
     path = tmp_path_factory.mktemp("table") / "runs.csv"
     frame.write_csv(path)
@@ -116,6 +117,10 @@ def test_every_option_is_a_keyword_of_its_function_and_every_keyword_an_option(l
     assert {option.name for option in options} == keywords
 
 
+SEVERAL = ("--map", "rho=share", "--map", "budget=amount")
+LAW = ("--map", "total_parameters=size", "--map", "tokens=amount")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -123,7 +128,19 @@ def test_every_option_is_a_keyword_of_its_function_and_every_keyword_an_option(l
         (["fit", "memory", "TABLE"], "'slots'"),
         (["fit", "allocation", "TABLE", "--map", "rho=shar"], "Did you mean 'share'?"),
         (["fit", "allocation", "TABLE", "--map", "rho"], "COLUMN=NAME"),
-        (["fit", "allocation", "TABLE", "--map", "rho=share", "--confidence", "2"], "confidence"),
+        (["fit", "allocation", "TABLE", "--map", "rho=share", "--confidence", "2"], "--confidence is 2"),
+        (["fit", "allocation", "TABLE"], "If so, name it with --map rho=share."),
+        (["fit", "gadre", "TABLE"], "name it with --map tokens=NAME."),
+        (["fit", "allocation", "TABLE", "--map", "rhoo=share"], "--map rhoo=share names 'rhoo'"),
+        (["fit", "allocation", "TABLE", "--map", "rho=share", "--budget", "1"], "--budget 1 was asked for"),
+        (["fit", "allocation", "TABLE", *SEVERAL], "choose with --budget 1e+11"),
+        (["fit", "allocation", "TABLE", "--map", "rho=share", "--noise", "known"], "--noise 'known' needs"),
+        (["fit", "chinchilla", "TABLE", *LAW, "--drop-largest", "99"], "--drop-largest is 99"),
+        (["fit", "chinchilla", "TABLE", *LAW, "--delta", "0"], "--delta is 0"),
+        (["design", "power", "--rho", "0.1,0.3,0.5,0.7,1", "--sd", "0"], "--sd is 0.0 and --seeds is 1"),
+        (["fit", "isoflop", "TABLE", *SEVERAL, "--column", "sized"], "Column 'sized' is missing"),
+        (["design", "next", "TABLE", "--map", "rho=share", "--count", "0"], "--count is 0"),
+        (["report", "TABLE", "--map", "rho=share", "--map", "study=two", "--out", "x"], "--study 0"),
         (["fit", "allocation", "TABLE", "--map", "rho=share", "--study", "on"], "Did you mean 'one'?"),
         (["report", "sqlite:///none.db", "--study", "a", "--out", "x"], "no SQLite store"),
         (["report", "TABLE", "--map", "rho=share", "--out", "TABLE/x"], "cannot be written"),
@@ -139,7 +156,9 @@ def test_a_mistake_gets_one_sentence_and_status_2(
     error = capsys.readouterr().err
     assert sentence in error
     assert error.count("\n") == 1
-    assert error.startswith("scaling: ")
+    assert error.startswith("error: ")
+    assert "columns=" not in error
+    assert not re.search(r"(?<!-)\b(budget|noise|draws|confidence)(=| is )", error)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""From a file to a frame as it stands there: CSV by any separator, JSON records, Parquet, packed or not."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from pathlib import Path
+
+import polars as pl
+
+from scaling.errors import ScalingError
+from scaling.schema import NULLS
+
+SEPARATORS = (",", ";", "\t", "|")
+_SPELLINGS = sorted({spelt for null in NULLS for spelt in (null, null.upper(), null.title(), "N/a", "NaN")})
+
+
+def load(path: Path) -> pl.DataFrame:
+    """Read a table; the columns have the names and types that the file gives them.
+
+    `.csv`, `.tsv`, `.txt` (the separator is found in the header), `.json` (records, or a mapping of columns),
+    `.jsonl`, `.parquet` and `.pq`; all but Parquet may be packed by gzip. Raises `ScalingError`.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ScalingError(f"File {str(path)!r} {what}; a CSV, JSON or Parquet file is needed.")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = (suffixes[:-1] if packed else suffixes)[-1:] or [""]
+    readers = {
+        ".csv": _delimited,
+        ".tsv": _delimited,
+        ".txt": _delimited,
+        ".json": _json,
+        ".jsonl": pl.read_ndjson,
+        ".ndjson": pl.read_ndjson,
+        ".parquet": pl.read_parquet,
+        ".pq": pl.read_parquet,
+    }
+    if kind[0] not in readers:
+        known = ", ".join(readers)
+        raise ScalingError(f"File {path.name!r} ends in {path.suffix!r}; {known} can be read.")
+    try:
+        content = path.read_bytes()
+        if packed:
+            content = gzip.decompress(content)
+        return readers[kind[0]](io.BytesIO(content))
+    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]
+        raise ScalingError(
+            f"File {path.name!r} cannot be read as {kind[0][1:].upper()}: {why.strip().rstrip('.:')}."
+        ) from error
+
+
+def _delimited(file: io.BytesIO) -> pl.DataFrame:
+    """Read delimited text: UTF-8 with or without a byte order mark, or UTF-16 with one."""
+    content = file.getvalue()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        content = content.decode("utf-16").encode()
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if b"\0" in content:
+        raise ValueError("it is binary, not text")
+    if not content.strip():
+        raise ValueError("it is empty")
+    header = next(iter(content.lstrip().splitlines())).decode("utf-8", errors="replace")
+    separator = max(SEPARATORS, key=header.count)
+    names = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    if twice:
+        raise ValueError(f"column {twice[0]!r} occurs {names.count(twice[0])} times; names must differ")
+    if all(map(_number, names)):
+        raise ValueError(
+            f"its first line, {header.strip()[:60]!r}, holds numbers; names of columns are needed"
+        )
+    try:
+        frame = pl.read_csv(content, separator=separator, infer_schema_length=None, null_values=_SPELLINGS)
+    except pl.exceptions.ComputeError as error:
+        if "could not parse" not in str(error):
+            raise
+        # a whole number beyond 128 bits: as text, which `frame.read` turns into numbers
+        frame = pl.read_csv(content, separator=separator, infer_schema=False, null_values=_SPELLINGS)
+    return frame.rename(lambda name: name.strip())
+
+
+def _json(file: io.BytesIO) -> pl.DataFrame:
+    """Read a list of records, or a mapping of columns to lists or to mappings by row (pandas' default)."""
+    held = json.load(file)
+    if isinstance(held, list) and held and all(isinstance(record, dict) for record in held):
+        return pl.from_dicts(held, infer_schema_length=None, strict=False)
+    if isinstance(held, dict) and held:
+        columns = {
+            name: list(column.values()) if isinstance(column, dict) else column
+            for name, column in held.items()
+        }
+        lengths = {len(column) if isinstance(column, list) else -1 for column in columns.values()}
+        if len(lengths) == 1 and -1 not in lengths:
+            return pl.DataFrame(columns, strict=False)
+    raise ValueError("a list of records, one for each run, is needed")
+
+
+def _number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
