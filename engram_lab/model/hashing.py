@@ -222,7 +222,7 @@ class NgramHash:
         if self.constant:
             out[:] = self.offsets[:, None, None, :]
             return out
-        windows = self._windows(ids, past)
+        windows = self.windows(ids, past)
         salt = (np.arange(position, position + T, dtype=np.int64) * SALT) & INT64_MAX
         for m, (factors, primes, offsets) in enumerate(
             zip(self.multipliers, self.primes, self.offsets, strict=True)
@@ -236,8 +236,10 @@ class NgramHash:
                     out[m, :, :, span] = mix[..., None] % primes[span] + offsets[span]
         return out
 
-    def _windows(self, ids: np.ndarray, past: int) -> np.ndarray:
-        """Return the canonical id seen k positions back, [N, B, T], edges replaced by the pad id."""
+    def windows(self, ids: np.ndarray, past: int = 0) -> np.ndarray:
+        """Return the canonical id seen k positions back, [N, B, T] (int64), for ids [B, P + T] from `past` =
+        P on; what lies beyond an edge is the pad id. Two n-grams are equal if these are.
+        """
         B, length = ids.shape
         N = max(self.orders)
         seen = np.empty((N, B, length - past), dtype=np.int64)
