@@ -52,9 +52,26 @@ def initialise(network: Transformer, seed: int) -> None:
 def draw(parameter: Tensor, key: str, std: float) -> None:
     """Fill `parameter` with normal values, block by block, each from the stream of (key, block number)."""
     size = 1 if parameter.ndim == 3 else _ROWS
-    generator = torch.Generator()
     for number, block in enumerate(parameter.split(size)):
-        digest = hashlib.blake2b(f"{key}/{number}".encode(), digest_size=8).digest()
-        generator.manual_seed(int.from_bytes(digest) >> 1)
-        values = torch.randn(size, *parameter.shape[1:], generator=generator)
+        values = _block(key, number, (size, *parameter.shape[1:]))
         block.copy_(values[: len(block)].mul_(std))
+
+
+def initial_rows(seed: int, memory: int, first: int, out: Tensor) -> None:
+    """Write rows first, first + 1, ... of a memory's table to `out` [rows, row_dim], float32 on the CPU.
+
+    They are what `initialise` draws for `tables.{memory}.weight`, without the rows before them. May be called
+    from several threads at once.
+    """
+    last = first + len(out)
+    for number in range(first // _ROWS, -(-last // _ROWS)):
+        start = number * _ROWS
+        a, b = max(first, start), min(last, start + _ROWS)
+        values = _block(f"{seed}/tables.{memory}.weight", number, (_ROWS, out.shape[1]))
+        torch.mul(values[a - start : b - start], TABLE_STD, out=out[a - first : b - first])
+
+
+def _block(key: str, number: int, shape: tuple[int, ...]) -> Tensor:
+    digest = hashlib.blake2b(f"{key}/{number}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
+    return torch.randn(shape, generator=generator)

@@ -7,7 +7,7 @@ from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.experts import FeedForwardConfig
-from engram_lab.model.initialise import draw, initialise
+from engram_lab.model.initialise import draw, initial_rows, initialise
 from engram_lab.model.transformer import Transformer
 
 
@@ -99,3 +99,23 @@ def test_configuration_round_trips_through_plain_values():
         }
     )
     assert rebuilt == config
+
+
+@pytest.mark.parametrize("memory", [0, 1])
+def test_rows_of_a_table_are_drawn_without_those_before_them(memory: int):
+    config = ModelConfig(
+        vocab_size=300,
+        d_model=32,
+        n_layers=2,
+        attention=AttentionConfig(n_heads=2),
+        ffn=FeedForwardConfig(experts=5, top_k=2, expert_hidden=8),
+        engram=EngramConfig(layers=(0, 1), heads=2, row_dim=4, rows_per_head=211),
+    )
+    model = Transformer(config)
+    initialise(model, 3)
+    table = model.get_parameter(f"tables.{memory}.weight").detach()
+    assert len(table) > 3 * 256
+    for first, last in ((0, len(table)), (0, 1), (255, 257), (300, 301), (256, 512), (17, 800), (7, 7)):
+        out = torch.full((last - first, 4), float("nan"))
+        initial_rows(3, memory, first, out)
+        assert torch.equal(out, table[first:last])

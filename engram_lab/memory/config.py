@@ -1,0 +1,79 @@
+"""The recipe's section `memory`: where table rows live and in which format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from engram_lab.errors import UserError, nearest
+from engram_lab.memory.layout import StateStorage
+
+Tier = Literal["resident", "host", "disk", "sharded"]
+TrainedStorage = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Where table rows live while a network trains or generates, and in which format they are trained.
+
+    Only `rows` and `state` can change a run's losses; the rest is not part of its identity. How rows are
+    read is engram.row_storage; their rule is optimizer.table_optimizer.
+
+    Attributes:
+        tier: "resident" on the device, "host" in the host's memory, "disk" in a file, "sharded" over ranks.
+        unique_rows: with the resident tier, move the rows of a step as the other tiers do, instead of
+            training one dense parameter. Tiers then agree bit for bit on a CPU.
+        rows: format in which rows are trained; bfloat16 rows are rounded stochastically.
+        state: format of the row optimizer's averages.
+        directory: with the disk tier, the folder of the table's file.
+        depth: steps that rows are gathered ahead.
+        threads: that gather rows; None takes one per processor.
+        cache_rows: with the disk tier, rows kept in memory; None takes a sixteenth of all rows, or what fits
+            a quarter of the available memory if that is less.
+
+    Raises:
+        UserError: a value outside its range, or a combination that would be ignored.
+    """
+
+    tier: Tier = "resident"
+    unique_rows: bool = False
+    rows: TrainedStorage = "float32"
+    state: StateStorage = "float32"
+    directory: str | None = None
+    depth: int = 2
+    threads: int | None = None
+    cache_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("tier", get_args(Tier)),
+            ("rows", get_args(TrainedStorage)),
+            ("state", get_args(StateStorage)),
+        ):
+            if (given := getattr(self, name)) not in allowed:
+                raise UserError(
+                    f"memory.{name} is {given!r}; it must be one of {', '.join(allowed)}."
+                    + nearest(str(given), allowed)
+                )
+        if self.depth < 1:
+            raise UserError(f"memory.depth is {self.depth}; it must be at least 1.")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"memory.threads is {self.threads}; it must be at least 1, or null.")
+        if self.cache_rows is not None and self.cache_rows < 0:
+            raise UserError(f"memory.cache_rows is {self.cache_rows}; it must be 0 or more, or null.")
+        if self.tier == "disk" and not self.directory:
+            raise UserError(
+                "memory.tier is disk, but memory.directory is not given; name a folder on a fast disk."
+            )
+        if not self.by_record:
+            for name in ("rows", "state"):
+                if getattr(self, name) != "float32":
+                    raise UserError(
+                        f"memory.{name} is {getattr(self, name)!r}, but a resident table trains as one "
+                        f"float32 parameter; set memory.unique_rows to true, or memory.tier to host."
+                    )
+
+    @property
+    def by_record(self) -> bool:
+        """Whether rows move as records, rather than being one dense parameter."""
+        return self.tier != "resident" or self.unique_rows
