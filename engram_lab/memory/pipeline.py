@@ -1,0 +1,318 @@
+"""Rows on their way: gathered ahead of the step, made current, trained, and written back in order.
+
+    announce(3) ──plan, gather──> copy ──┐                            (thread "gather", copy stream)
+    begin(2) <── wait, patch, catch up ──┘   forward, backward        (the step)
+    commit(1) ── update ──> copy back ── write to the store           (thread "write", copy stream)
+
+Rows for step s are gathered while earlier steps still train. A row they change is stale in what was gathered
+unless their update had landed in the store before the gather began; how far updates had landed is noted with
+every gather, and `begin` copies the rows of every later update over the stale ones, on the device, in order.
+
+Shapes: A micro-batches of a step, M memories, B batch, T length, H hash heads, n unique rows, U row width.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engram_lab.memory.buffers import Buffers, Slot
+from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.plan import Plan, deduplicate, overlap
+from engram_lab.memory.resident import RowStorage, round_rows
+from engram_lab.memory.row_optimizer import RowOptimizer
+from engram_lab.memory.stores import DeviceStore, RowStore
+from engram_lab.memory.touched import TouchedRows
+
+LAG = 4  # steps whose updates may be on their way to the store before the step waits for them
+
+
+@dataclass(eq=False)
+class Gathered:
+    """The rows of one step, between their gather and the landing of their update.
+
+    Attributes:
+        step: optimizer step, counted from 1.
+        plan: which rows, and where positions find them.
+        slot: the records, here or on their way.
+        ids: `plan.ids` on the device.
+        positions: `plan.positions` on the device.
+        stale: for each step whose update may be missing in the records, in order: places of its rows in its
+            own records and in these.
+        repeated: rows that the step before had too.
+        rows: current weights [n, U] while the step computes: a leaf that collects the gradient.
+    """
+
+    step: int
+    plan: Plan
+    slot: Slot
+    ids: Tensor
+    positions: Tensor
+    stale: dict[int, tuple[Tensor, Tensor]]
+    repeated: int
+    rows: Tensor | None = None
+
+    @property
+    def records(self) -> Tensor:
+        """The records on the device, [n, record_bytes]."""
+        return self.slot.records[: len(self.ids)]
+
+
+@dataclass
+class Economy:
+    """What the rows' travel cost; sums over the steps since the last look.
+
+    Attributes:
+        steps: steps trained.
+        unique: unique rows.
+        reads: rows read, repetitions counted.
+        repeated: unique rows that the step before had too.
+        bytes_moved: bytes gathered from the store and written back to it.
+        waited: seconds the step waited for rows to arrive, or for updates to land.
+    """
+
+    steps: int = 0
+    unique: int = 0
+    reads: int = 0
+    repeated: int = 0
+    bytes_moved: int = 0
+    waited: float = 0.0
+
+
+class RowPipeline:
+    """Serve the rows of coming steps from a store, and take their updates back.
+
+    Calls come from one thread. For each step in order: `announce`, as many steps ahead as is wanted; `begin`;
+    `reading` of each micro-batch; and after the backward passes `gradients` and `commit`. What fails in a
+    background thread is raised by the next call.
+
+    Args:
+        store: where the rows live; a `DeviceStore` is read and written in place, nothing is gathered ahead.
+        layout: what a record holds.
+        optimizer: catches rows up and updates them; None for rows that are only read.
+        first_row: global number of each memory's first row, [M].
+        device: where the network computes.
+        storage: format that rows are rounded to where they are read; gradients pass it unchanged.
+        committed: steps already trained, for a run that is resumed.
+    """
+
+    def __init__(
+        self,
+        store: RowStore,
+        layout: RecordLayout,
+        optimizer: RowOptimizer | None,
+        first_row: Sequence[int],
+        *,
+        device: torch.device,
+        storage: RowStorage = "float32",
+        committed: int = 0,
+    ) -> None:
+        self.store, self.layout, self.optimizer = store, layout, optimizer
+        self.first_row, self.device, self.storage = tuple(first_row), device, storage
+        self.committed = self.landed = committed
+        self.touched = TouchedRows(store.rows)
+        self._economy = Economy()
+        self._in_place = isinstance(store, DeviceStore)
+        self._buffers = Buffers(layout.record_bytes, device)
+        self._gathering = ThreadPoolExecutor(1, thread_name_prefix="gather")
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._announced: dict[int, Future[Gathered]] = {}
+        self._open: Gathered | None = None
+        # Shared with the background threads:
+        self._changed = threading.Condition()
+        self._plans: dict[int, Plan] = {}  # of steps whose update has not landed
+        self._gathered_at: dict[int, int] = {}  # for each gathered step, `landed` at its gather
+        self._updated: dict[int, Gathered] = {}  # trained steps that others may have to be patched from
+        self._previous: Plan | None = None
+        self._failure: BaseException | None = None
+
+    def announce(self, step: int, addresses: Sequence[Tensor]) -> None:
+        """Begin to fetch the rows of a step: `addresses` [M, B, T, H] on the CPU, one a micro-batch."""
+        self._announced[step] = self._gathering.submit(self._gather, step, addresses)
+
+    def begin(self, step: int) -> None:
+        """Wait for the rows of the step, make them current, and open them for reading and gradients."""
+        started = time.perf_counter()
+        gathered = self._announced.pop(step).result()
+        self._economy.waited += time.perf_counter() - started
+        self._raise_failure()
+        gathered.slot.arrive(
+            gathered.ids, gathered.positions, *(t for s in gathered.stale.values() for t in s)
+        )
+        if self._in_place:
+            self.store.read(gathered.ids, gathered.records)
+        for earlier in sorted(gathered.stale):
+            source, target = gathered.stale[earlier]
+            patch = _words(self._updated[earlier].records).index_select(0, source)
+            _words(gathered.records).index_copy_(0, target, patch)
+        with self._changed:
+            del self._gathered_at[step]
+        self._release()
+        gathered.rows = self._weights(gathered.records, step - 1).requires_grad_(self.optimizer is not None)
+        self._open = gathered
+
+    def reading(self, micro_batch: int) -> Tensor:
+        """Return what each memory reads in a micro-batch of the open step, [M, B, T, H * U]."""
+        rows, positions = self._opened()
+        if self.storage != "float32":
+            rows = rows + (round_rows(rows.detach(), self.storage) - rows).detach()
+        return F.embedding(positions[micro_batch], rows).flatten(-2)
+
+    def gradients(self) -> Tensor:
+        """Return the gradient [n, U] of the open step's rows, to be counted in the clip norm."""
+        rows, _ = self._opened()
+        return torch.zeros_like(rows) if rows.grad is None else rows.grad
+
+    def commit(self, scale: Tensor | float = 1.0) -> None:
+        """Update the rows of the open step with `scale` times their gradient, and send them back."""
+        self._raise_failure()
+        gathered = self._open
+        assert gathered is not None
+        if self.optimizer is not None:
+            self.optimizer.update(gathered.records, gathered.ids, self.gradients(), gathered.step, scale)
+        gathered.rows = self._open = None
+        self.committed = gathered.step
+        self._count(gathered)
+        if self._in_place or self.optimizer is None:
+            if self.optimizer is not None:
+                self.store.write(gathered.ids, gathered.records)
+            self._landed(gathered)
+            self._buffers.give(gathered.slot)
+            return
+        gathered.slot.download(len(gathered.ids))
+        with self._changed:
+            self._updated[gathered.step] = gathered
+        self._writing.submit(self._land, gathered)
+        started = time.perf_counter()
+        self._wait(lambda: self.committed - self.landed <= LAG)
+        self._economy.waited += time.perf_counter() - started
+
+    def read(self, memory: int, addresses: Tensor) -> Tensor:
+        """Return the reading [..., H * U] at `addresses` [..., H] of one memory, as of the last commit.
+
+        For evaluation: it waits for all updates, and changes nothing.
+        """
+        self.flush()
+        flat = addresses.detach().cpu().reshape(1, 1, -1, addresses.shape[-1])
+        plan = deduplicate([flat], self.first_row[memory : memory + 1])
+        records = torch.empty((len(plan.ids), self.layout.record_bytes), dtype=torch.uint8)
+        if self._in_place:
+            records = records.to(self.device)
+            self.store.read(plan.ids.to(self.device), records)
+        else:
+            self._gathering.submit(self.store.read, plan.ids, records).result()
+        rows = self._weights(records.to(self.device), self.committed)
+        if self.storage != "float32":
+            rows = round_rows(rows, self.storage)
+        positions = plan.positions.to(self.device).view(addresses.shape)
+        return F.embedding(positions, rows).flatten(-2)
+
+    def flush(self) -> None:
+        """Wait until every update is in the store."""
+        self._wait(lambda: self.landed == self.committed)
+
+    def close(self) -> None:
+        """End the threads, letting updates under way land, and close the store."""
+        self._gathering.shutdown(cancel_futures=True)
+        self._writing.shutdown()
+        self.store.close()
+
+    def take_economy(self) -> Economy:
+        """Return the sums since the last call, and start anew."""
+        taken, self._economy = self._economy, Economy()
+        return taken
+
+    def _gather(self, step: int, addresses: Sequence[Tensor]) -> Gathered:
+        plan = deduplicate(addresses, self.first_row)
+        n = len(plan.ids)
+        with self._changed:
+            # Noted before the first row is read: an update that lands meanwhile is patched all the same.
+            self._gathered_at[step] = self.landed
+            changed = not self._in_place and self.optimizer is not None
+            earlier = {s: self._plans[s] for s in range(self.landed + 1, step)} if changed else {}
+            self._plans[step] = plan
+        slot = self._buffers.take(n)
+        if not self._in_place:
+            self.store.read(plan.ids, slot.host[:n])
+        stale = {s: overlap(other, plan) for s, other in earlier.items()}
+        before, self._previous = self._previous, plan
+        repeated = stale[step - 1] if step - 1 in stale else overlap(before, plan) if before else ((), ())
+        places = [place for pair in stale.values() for place in pair]
+        moved = slot.upload(0 if self._in_place else n, plan.ids, plan.positions, *places)
+        pairs = zip(moved[2::2], moved[3::2], strict=True)
+        return Gathered(
+            step=step,
+            plan=plan,
+            slot=slot,
+            ids=moved[0],
+            positions=moved[1],
+            stale=dict(zip(stale, pairs, strict=True)),
+            repeated=len(repeated[0]),
+        )
+
+    def _land(self, gathered: Gathered) -> None:
+        try:
+            if self._failure is None:  # behind a failed write nothing may land
+                gathered.slot.downloaded()
+                self.store.write(gathered.plan.ids, gathered.slot.host[: len(gathered.plan.ids)])
+                self._landed(gathered)
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+    def _landed(self, gathered: Gathered) -> None:
+        self.touched.mark(gathered.plan.ids)
+        with self._changed:
+            self.landed = gathered.step
+            self._plans.pop(gathered.step, None)
+            self._changed.notify_all()
+
+    def _opened(self) -> tuple[Tensor, Tensor]:
+        """Return rows [n, U] and positions [A, M, B, T, H] of the open step."""
+        assert self._open is not None, "no step has begun"
+        assert self._open.rows is not None
+        return self._open.rows, self._open.positions
+
+    def _weights(self, records: Tensor, step: int) -> Tensor:
+        """Return the float32 weights [n, U] of `records` as they are after `step` steps."""
+        if self.optimizer is None:
+            return self.layout.decode(records)
+        return self.optimizer.weights(records, step)
+
+    def _release(self) -> None:
+        """Give back the buffers of updates that landed before every gather that is still to be used."""
+        with self._changed:
+            safe = min([self.landed, *self._gathered_at.values()])
+            done = [self._updated.pop(step) for step in [*self._updated] if step <= safe]
+        for gathered in done:
+            self._buffers.give(gathered.slot)
+
+    def _count(self, gathered: Gathered) -> None:
+        e, n = self._economy, len(gathered.plan.ids)
+        e.steps += 1
+        e.unique += n
+        e.reads += gathered.plan.reads
+        e.repeated += gathered.repeated
+        e.bytes_moved += 0 if self._in_place else 2 * n * self.layout.record_bytes
+
+    def _wait(self, reached: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: reached() or self._failure is not None)
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def _words(records: Tensor) -> Tensor:
+    """View `records` [n, record_bytes] as larger elements, which copies fast."""
+    return records.view(torch.int64 if records.shape[1] % 8 == 0 else torch.int32)

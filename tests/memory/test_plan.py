@@ -1,0 +1,50 @@
+"""Unique rows of a step, against numpy's set operations."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engram_lab.memory.plan import deduplicate, overlap
+
+PER_HEAD = 12
+
+
+def draw_addresses(seed: int, micro_batches: int, shape: tuple[int, int, int, int]) -> list[torch.Tensor]:
+    """Addresses as the hash gives them: every head within rows of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.arange(shape[-1]) * PER_HEAD
+    return [(torch.randint(PER_HEAD, shape, generator=generator) + heads).int() for _ in range(micro_batches)]
+
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 4))
+
+
+@given(seed=st.integers(0, 2**31), micro_batches=st.integers(1, 3), shape=shapes)
+def test_positions_lead_to_the_rows_and_no_row_comes_twice(
+    seed: int, micro_batches: int, shape: tuple[int, int, int, int]
+) -> None:
+    addresses = draw_addresses(seed, micro_batches, shape)
+    first_row = [1000 * m for m in range(shape[0])]
+    plan = deduplicate(addresses, first_row)
+    wanted = torch.stack(addresses).long() + torch.tensor(first_row).view(1, -1, 1, 1, 1)
+    assert torch.equal(plan.ids[plan.positions.long()], wanted)
+    assert np.array_equal(np.unique(wanted), np.sort(plan.ids))
+    assert plan.reads == wanted.numel()
+
+
+@given(seeds=st.tuples(st.integers(0, 99), st.integers(100, 199)), shape=shapes)
+def test_overlap_is_the_intersection(seeds: tuple[int, int], shape: tuple[int, int, int, int]) -> None:
+    first_row = [1000 * m for m in range(shape[0])]
+    one, other = (deduplicate(draw_addresses(seed, 1, shape), first_row) for seed in seeds)
+    source, target = overlap(one, other)
+    assert torch.equal(one.ids[source], other.ids[target])
+    assert np.array_equal(np.sort(one.ids[source]), np.intersect1d(one.ids, other.ids))
+
+
+def test_row_numbers_beyond_32_bits() -> None:
+    addresses = torch.tensor([[[[2**40, 2**41 + 5], [2**40, 7 + 2**41]]]])
+    plan = deduplicate([addresses], [2**42])
+    assert plan.ids.tolist() == [2**42 + 2**40, 2**42 + 2**41 + 5, 2**42 + 2**41 + 7]
