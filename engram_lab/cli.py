@@ -105,6 +105,37 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     inspect.set_defaults(call=_inspect)
 
+    caching = commands.add_parser(
+        "cache-curve",
+        help="how well a cache of rows would serve a text: hit rate and bandwidth against size",
+        description="Measures hit rates on the second half of the text, with the cache filled by the first.",
+    )
+    caching.add_argument(
+        "corpus", nargs="+", help="a folder of token shards, a recipe, or text files and folders (or sotu)"
+    )
+    caching.add_argument("--out", type=Path, default=Path("cache-curve"), help="folder; default: cache-curve")
+    caching.add_argument("--orders", type=int, nargs="+", default=[2, 3, 4, 5], metavar="N")
+    caching.add_argument(
+        "--rows-per-head", type=int, help="of the limited table; default: a recipe's, or Engram-27B's 2262400"
+    )
+    caching.add_argument(
+        "--sequences", type=int, default=1, help="read side by side, as a serving batch does; default: 1"
+    )
+    caching.add_argument("--tokens", type=int, help="only so many, from the beginning")
+    caching.add_argument(
+        "--sample", type=float, help="share of the rows for the LRU curve; default: all, of 200 M tokens"
+    )
+    caching.add_argument("--tokenizer", help="a tokenizer.json; default: trained on the text")
+    caching.add_argument("--vocab-size", type=int, help="of a trained tokenizer; default: 16384")
+    caching.add_argument("--cache-dir", help="where token shards are kept; default: .cache/engram_lab/text")
+    caching.add_argument("--row-bytes", type=int, help="default: 264, V4.1's FP8 row")
+    caching.add_argument("--device-bandwidth", type=float, metavar="GB/S", help="default: 2900, H100 HBM3")
+    caching.add_argument(
+        "--host-bandwidth", type=float, metavar="GB/S", help="default: 19.6, 16 threads gathering 256 B rows"
+    )
+    caching.add_argument("--disk-reads", type=float, metavar="READS/S", help="default: 77000, 128 threads")
+    caching.set_defaults(call=_cache_curve)
+
     ui = commands.add_parser("ui", help="browse the runs in MLflow's pages")
     ui.add_argument("--uri", default=DEFAULT_URI, help=f"default: {DEFAULT_URI}")
     ui.add_argument("--port", type=int, default=5000)
@@ -155,6 +186,35 @@ def _inspect(parsed: argparse.Namespace) -> None:
     from engram_lab.model_commands import inspect
 
     inspect(parsed.checkpoint, parsed.text, out=parsed.out, device=parsed.device)
+
+
+def _cache_curve(parsed: argparse.Namespace) -> None:
+    from engram_lab.caching.command import Options, cache_curve
+    from engram_lab.caching.study import CacheConfig, Speeds
+
+    speeds = {
+        "row_bytes": parsed.row_bytes,
+        "device": None if parsed.device_bandwidth is None else 1e9 * parsed.device_bandwidth,
+        "host": None if parsed.host_bandwidth is None else 1e9 * parsed.host_bandwidth,
+        "disk_reads": parsed.disk_reads,
+    }
+    options = Options(
+        corpus=tuple(parsed.corpus),
+        out=parsed.out,
+        tokens=parsed.tokens,
+        tokenizer=parsed.tokenizer,
+        vocab_size=parsed.vocab_size,
+        cache_dir=parsed.cache_dir,
+    )
+    config = CacheConfig(
+        orders=tuple(parsed.orders),
+        rows_per_head=parsed.rows_per_head,
+        sequences=parsed.sequences,
+        sample=parsed.sample,
+    )
+    cache_curve(
+        options, config, Speeds(**{name: value for name, value in speeds.items() if value is not None})
+    )
 
 
 def _ui(parsed: argparse.Namespace) -> int | None:

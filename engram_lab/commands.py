@@ -22,7 +22,7 @@ from engram_lab.recipe import Recipe
 from engram_lab.recipe_file import read_recipe
 from engram_lab.studies.progress import StudyProgress
 from engram_lab.studies.runner import run_study, study_directory
-from engram_lab.text import TokenCorpus, prepare
+from engram_lab.text import TextConfig, TokenCorpus, prepare
 
 console = Console()
 
@@ -60,7 +60,7 @@ def dry_run(recipe: Recipe) -> None:
     from engram_lab.studies.extension import read_extension
     from engram_lab.studies.plan import MAIN_BUDGET, Cell, plan
 
-    corpus = _prepare(recipe)
+    corpus = prepare_shown(recipe.text)
     if recipe.kind == "train":
         run = resolve(recipe, corpus)
         cells: tuple[Cell, ...] = (
@@ -81,11 +81,11 @@ def dry_run(recipe: Recipe) -> None:
     print(f"{len(cells)} run(s), {tokens:,} tokens in all")
 
 
-def _prepare(recipe: Recipe) -> TokenCorpus:
+def prepare_shown(text: TextConfig) -> TokenCorpus:
     """Build or open the token shards; building shows its stages, in one line on a terminal."""
     if console.is_terminal:
         with console.status("text") as live:
-            return prepare(recipe.text, lambda stage, share: live.update(f"text: {stage} {share:.0%}"))
+            return prepare(text, lambda stage, share: live.update(f"text: {stage} {share:.0%}"))
     seen: set[str] = set()
 
     def progress(stage: str, share: float) -> None:
@@ -93,14 +93,14 @@ def _prepare(recipe: Recipe) -> TokenCorpus:
             seen.add(stage)
             console.print(f"text: {stage}", highlight=False)
 
-    return prepare(recipe.text, progress)
+    return prepare(text, progress)
 
 
 def _train(recipe: Recipe) -> int:
     from engram_lab.training.module import Diverged
     from engram_lab.training.run import run_directory, train
 
-    corpus = _prepare(recipe)
+    corpus = prepare_shown(recipe.text)
     try:
         result = train(recipe, corpus=corpus)
     except Diverged as error:
@@ -121,7 +121,7 @@ def _train(recipe: Recipe) -> int:
 
 
 def _study(recipe: Recipe, reports: Path) -> int:
-    _prepare(recipe)
+    prepare_shown(recipe.text)
     with _Display() as display:
         result = run_study(recipe, reports=reports, show=display.show, say=display.say)
     failed = [cell for cell in result.cells if cell.state == "failed"]
@@ -194,14 +194,15 @@ def describe(progress: StudyProgress) -> str:
     """One line: cells done, share of the tokens, speed, time left."""
     share = progress.tokens_done / progress.tokens if progress.tokens else 1.0
     failed = f", {progress.failed} failed" if progress.failed else ""
-    left = "" if progress.seconds_left is None else f", about {_duration(progress.seconds_left)} left"
+    left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
     return (
         f"{progress.finished}/{progress.cells} cells{failed}, {share:.0%} of the tokens, "
         f"{progress.tokens_per_second:,.0f} tokens/s{left}"
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

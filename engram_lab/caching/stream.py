@@ -127,7 +127,7 @@ def _slot(keys: np.ndarray, key: int) -> int:
     slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & mask)
     while keys[slot] >= 0 and keys[slot] != key:
         slot = (slot + 1) & np.int64(mask)
-    return slot
+    return int(slot)
 
 
 @njit(nogil=True, cache=True)

@@ -2,18 +2,10 @@
 
 import numpy as np
 import pytest
+from caching_texts import EOS, some_text
 
 from engram_lab.caching import stream
 from engram_lab.caching.stream import Text, interleave, ngrams, table_rows_read
-from engram_lab.model.engram import EngramConfig
-
-EOS = 3
-
-
-def some_text(boundary: str = "reset_at_eos", length: int = 900) -> Text:
-    ids = np.random.default_rng(1).integers(0, 12, length).astype(np.uint16)
-    canonical = np.array([0, 1, 2, 3, 1, 1, 4, 5, 2, 6, 7, 8], dtype=np.int32)
-    return Text(ids=ids, canonical=canonical, eos_id=EOS, engram=EngramConfig(boundary=boundary))
 
 
 def written_out(text: Text, n: int) -> list[tuple[int, ...]]:

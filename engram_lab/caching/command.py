@@ -1,0 +1,156 @@
+"""`engram-lab cache-curve`: text in; JSON, CSV, page and pictures out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from engram_lab.caching.page import build
+from engram_lab.caching.stream import Text
+from engram_lab.caching.study import COLUMNS, CacheConfig, CacheStudy, Speeds, study_caches, to_plain, to_rows
+from engram_lab.commands import duration, prepare_shown
+from engram_lab.errors import UserError
+from engram_lab.files import write_atomically
+from engram_lab.model.engram import EngramConfig
+from engram_lab.recipe_file import read_recipe
+from engram_lab.text import TextConfig, TokenCorpus
+from engram_lab.text.shards import RECORD
+from scaling.report.html import to_html
+
+STEM = "cache-curve"
+PAPER = EngramConfig(rows_per_head=2_262_400)
+"""Where no recipe says otherwise, the table is as large as Engram-27B's (arXiv 2601.07372)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is read, how much of it, and where the results go."""
+
+    corpus: tuple[str, ...]
+    """A folder of token shards, a recipe, or text files and folders."""
+    out: Path
+    tokens: int | None = None
+    """Only so many, from the beginning."""
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    cache_dir: str | None = None
+
+
+def cache_curve(options: Options, config: CacheConfig, speeds: Speeds) -> None:
+    """Measure, write the files and print a summary."""
+    console = Console(highlight=False)
+    text = _text(options)
+    study = study_caches(", ".join(options.corpus), text, config, speeds, _Progress(console))
+    _write(study, options.out)
+    console.print(_summary(study))
+    console.print(f"page: {(options.out / f'{STEM}.html').resolve()}", soft_wrap=True)
+
+
+def _text(options: Options) -> Text:
+    corpus, engram = _open(options)
+    if options.tokens is not None and options.tokens < 1:
+        raise UserError(f"--tokens is {options.tokens}; it must be at least 1.")
+    return Text(
+        ids=corpus.train[: options.tokens],
+        canonical=corpus.canonical,
+        eos_id=corpus.eos_id,
+        engram=engram,
+    )
+
+
+def _open(options: Options) -> tuple[TokenCorpus, EngramConfig]:
+    """Return the tokens and the address rule that `options.corpus` stands for."""
+    first = Path(options.corpus[0])
+    cut = [name for name in ("tokenizer", "vocab_size") if getattr(options, name) is not None]
+    if len(options.corpus) == 1 and (first / RECORD).is_file():
+        if cut:
+            raise UserError(f"--{cut[0].replace('_', '-')} is given, but {str(first)!r} is cut into tokens.")
+        return TokenCorpus(first), PAPER
+    if len(options.corpus) == 1 and first.suffix in (".yaml", ".yml"):
+        if cut:
+            raise UserError(
+                f"--{cut[0].replace('_', '-')} is given, but a recipe says it: change {str(first)!r}."
+            )
+        recipe = read_recipe(first, [])
+        return prepare_shown(recipe.text), recipe.model.engram or PAPER
+    given = {
+        name: value
+        for name in ("tokenizer", "vocab_size", "cache_dir")
+        if (value := getattr(options, name)) is not None
+    }
+    return prepare_shown(TextConfig(source=options.corpus, **given)), PAPER
+
+
+def _write(study: CacheStudy, out: Path) -> None:
+    page = build(study)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(to_rows(study))
+    files = {
+        f"{STEM}.json": json.dumps(to_plain(study), indent=1, allow_nan=False) + "\n",
+        f"{STEM}.csv": table.getvalue(),
+        f"{STEM}.html": to_html(page),
+        **{f"figures/{picture.name}.svg": picture.svg for picture in page.pictures()},
+    }
+    for name, content in files.items():
+        try:
+            write_atomically(out / name, content, durable=False)
+        except OSError as error:
+            raise UserError(f"--out is {str(out)!r}, which cannot be written: {error.strerror}.") from error
+
+
+def _summary(study: CacheStudy) -> Table:
+    """Hit rates of caches of a thousandth, a hundredth and a tenth of the limited table, and Zipf's law."""
+    shares = (0.001, 0.01, 0.1)
+    table = Table(
+        title=f"hit rate by frequency / by recency, table of {study.orders[0].table_rows:,} rows a head"
+    )
+    for column in (
+        "order",
+        *(f"{share:.1%} cached" for share in shares),
+        "seen before",
+        "Zipf s",
+        "distinct",
+    ):
+        table.add_column(column, justify="right")
+    for result in study.orders:
+        rates, cells = result.table, []
+        for share in shares:
+            k = int(np.searchsorted(rates.sizes, share * result.table_rows, side="right")) - 1
+            pair = (rates.static[max(k, 0)], rates.lru[max(k, 0)])
+            cells.append(" / ".join("–" if math.isnan(rate) else f"{rate:.0%}" for rate in pair))
+        zipf = f"{result.zipf[0].exponent:.2f}" if result.zipf else "–"
+        table.add_row(str(result.order), *cells, f"{result.ngrams.seen:.0%}", zipf, f"{result.ngrams.rows:,}")
+    return table
+
+
+class _Progress:
+    """What is done and about how long the rest takes: one line that changes, or a line every ten seconds."""
+
+    EVERY_SECONDS = 10.0
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._begin, self._last = console, time.monotonic(), 0.0
+
+    def __call__(self, what: str, share: float) -> None:
+        now = time.monotonic()
+        passed = now - self._begin
+        if now - self._last < (0.2 if self._console.is_terminal else self.EVERY_SECONDS) and share < 1:
+            return
+        self._last = now
+        left = f", about {duration(passed * (1 - share) / share)} left" if share < 1 else ""
+        line = f"{what}: {share:.0%} of all{left}"
+        if self._console.is_terminal:
+            self._console.print(line.ljust(self._console.width - 1), end="\n" if share >= 1 else "\r")
+        else:
+            self._console.print(line)

@@ -1,0 +1,117 @@
+"""The command: files that fit each other, and sentences for what cannot be measured."""
+
+import csv
+import json
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from caching_texts import some_text
+
+from engram_lab.caching.study import CacheConfig, Speeds, study_caches, to_plain, to_rows
+from engram_lab.cli import main
+
+QUICK = ["--orders", "2", "3", "--rows-per-head", "5000", "--tokens", "40000", "--vocab-size", "300"]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one run on ten documents leaves."""
+    folder = tmp_path_factory.mktemp("curve")
+    generator = np.random.default_rng(0)
+    words = np.array([f"w{number} " for number in range(200)])
+    texts = ["".join(words[np.minimum(generator.zipf(1.3, 3000), 200) - 1]) for _ in range(10)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    arguments = [str(folder / "text.jsonl"), *QUICK, "--cache-dir", str(folder / "cache")]
+    assert main(["cache-curve", *arguments, "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def test_the_files_say_the_same(written: Path) -> None:
+    out = written / "out"
+    study = json.loads((out / "cache-curve.json").read_text())
+    rows = list(csv.DictReader((out / "cache-curve.csv").open()))
+    assert [order["order"] for order in study["orders"]] == [2, 3]
+    table = study["orders"][1]["table"]
+    mine = [row for row in rows if row["order"] == "3" and row["table"] == "hashed"]
+    assert [int(row["cached_rows"]) for row in mine] == table["sizes"]
+    assert [float(row["static_hit_rate"]) for row in mine] == pytest.approx(table["static"], abs=1e-6)
+    assert study["orders"][1]["table_rows"] == 5003
+
+
+def test_the_page_needs_nothing_beside_it_and_its_pictures_are_svg(written: Path) -> None:
+    page = (written / "out" / "cache-curve.html").read_text()
+    assert "src=" not in page
+    assert "<script" not in page
+    assert page.count("<svg") == 6
+    for file in (written / "out" / "figures").iterdir():
+        assert ElementTree.parse(file).getroot().tag.endswith("svg")
+
+
+def test_token_shards_and_recipes_are_read_too(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (shards,) = (path for path in (written / "cache").iterdir() if path.is_dir())
+    again = [str(shards), *QUICK[:-2], "--out", str(written / "again")]
+    assert main(["cache-curve", *again]) == 0
+    first, second = (
+        json.loads((written / name / "cache-curve.json").read_text())["orders"] for name in ("out", "again")
+    )
+    assert first == second
+    assert main(["cache-curve", str(shards), *QUICK]) == 2
+    assert "is cut into tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["no-such-file.jsonl"], "no such file"),
+        (["sotu", "--orders", "3", "2"], "ascending"),
+        (["sotu", "--sample", "1.5"], "at most 1"),
+        (["sotu", "--sequences", "0"], "at least 1"),
+        (["sotu", "--rows-per-head", "1"], "at least 2"),
+        (["sotu", "--disk-reads", "-1"], "above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cache-curve", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+def test_progress_ends_at_all_of_the_work_and_never_goes_back() -> None:
+    shares: list[float] = []
+    study_caches(
+        "x",
+        some_text(length=3000),
+        CacheConfig(orders=(2, 4), rows_per_head=50),
+        Speeds(),
+        lambda what, share: shares.append(share),
+    )
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
+
+
+def test_side_by_side_sequences_change_recency_but_not_frequency() -> None:
+    text = some_text(length=4096)
+    alone, batch = (
+        study_caches("x", text, CacheConfig(orders=(2,), rows_per_head=500, sequences=n), Speeds())
+        for n in (1, 8)
+    )
+    assert alone.orders[0].ngrams.rows == batch.orders[0].ngrams.rows
+    assert alone.orders[0].ngrams.look_ups == batch.orders[0].ngrams.look_ups
+    assert not np.array_equal(alone.orders[0].ngrams.lru, batch.orders[0].ngrams.lru)
+
+
+def test_a_short_text_and_a_sampled_one() -> None:
+    sampled = study_caches("x", some_text(), CacheConfig(orders=(2,), rows_per_head=97, sample=0.5), Speeds())
+    json.dumps(to_plain(sampled), allow_nan=False)
+    assert any(row["lru_hit_rate"] == "" for row in to_rows(sampled))
+
+
+def test_bandwidth_between_its_ends() -> None:
+    rates = np.array([0.0, 0.5, 1.0])
+    assert Speeds.mixed(rates, 30.0, 10.0) == pytest.approx([10.0, 15.0, 30.0])
+    assert Speeds(row_bytes=100, disk_reads=50).disk == 5000
