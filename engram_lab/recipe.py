@@ -6,20 +6,18 @@ start from it, and from any of them the run can be repeated.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
-
-from jsonargparse import ArgumentError, ArgumentParser
+from typing import TYPE_CHECKING, Any, Literal
 
 from engram_lab.budget import Allocation, BudgetConfig, solve
 from engram_lab.errors import UserError, nearest
+from engram_lab.memory.config import MemoryConfig
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.hashing import HASH_VERSION
+from engram_lab.plain import from_plain, to_plain
 from engram_lab.studies.config import StudyConfig
 from engram_lab.text.config import TextConfig
 from engram_lab.tracking.config import TrackingConfig
@@ -28,8 +26,6 @@ from engram_lab.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
     from engram_lab.text import TokenCorpus
-
-Section = TypeVar("Section")
 
 SCHEMA_VERSION = 1  # part of every run's identity; raise it when an old recipe would now train differently
 
@@ -78,6 +74,7 @@ class Recipe:
         model: the network; with `budget.rho` set, `model.ffn.experts` is the count at rho = 1 and the
             memories' rows are solved for.
         budget: how the sparse parameters are divided.
+        memory: where table rows live, and in which format they are trained.
         optimizer: rates and schedule.
         tracking: where runs are recorded.
         trainer: settings of Lightning's Trainer; steps, validation and checkpoints follow from the rest.
@@ -92,6 +89,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -117,7 +115,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values, ready for YAML; `from_dict` of it gives an equal recipe."""
-        return plain(self)
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -127,8 +125,7 @@ class Recipe:
             UserError: an unknown field (named with the nearest known one) or a value of the wrong type or
                 range.
         """
-        check_names(values)
-        return _construct(cls, values, "")
+        return from_plain(cls, values, "recipe")
 
     def override(self, overrides: Mapping[str, Any]) -> Recipe:
         """A copy with dotted fields replaced, for example `{"model.d_model": 128}`."""
@@ -170,6 +167,7 @@ def resolve(recipe: Recipe, corpus: TokenCorpus) -> ResolvedRun:
         recipe = replace(recipe, model=replace(recipe.model, vocab_size=corpus.vocab_size))
     allocation = solve(recipe.model, recipe.budget, sequence_length=recipe.data.sequence_length)
     data = replace(recipe.data, evaluations=DataConfig.evaluations, num_workers=DataConfig.num_workers)
+    formats = {name: getattr(recipe.memory, name) for name in ("rows", "state")}
     content = {
         "schema": SCHEMA_VERSION,
         "hash": HASH_VERSION,
@@ -179,100 +177,13 @@ def resolve(recipe: Recipe, corpus: TokenCorpus) -> ResolvedRun:
         "network": _without_defaults(allocation.network),
         "optimizer": _without_defaults(recipe.optimizer),
         "data": {k: v for k, v in _without_defaults(data).items() if k != "tokens"},
+        **{f"memory.{name}": given for name, given in formats.items() if given != "float32"},
         "trainer": {
             k: v for k, v in sorted(recipe.trainer.items()) if k not in EXECUTION_ONLY and v is not None
         },
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return ResolvedRun(recipe=recipe, network=allocation.network, allocation=allocation, identity=digest[:16])
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses and tuples as dicts and lists, all the way down."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
-    return value
-
-
-def check_names(values: Mapping[str, Any], cls: type = Recipe, prefix: str = "") -> None:
-    """Refuse names that no field has, with the nearest one, and sections that are no sections."""
-    hints = get_type_hints(cls)
-    for name, value in values.items():
-        if name not in hints:
-            raise UserError(f"unknown recipe field {prefix + str(name)!r}.{nearest(str(name), hints)}")
-        section = _section(hints[name])
-        if section is None or value is None:
-            continue
-        if not isinstance(value, Mapping):
-            raise UserError(f"{prefix}{name} is {value!r}; it must be a section with fields.")
-        check_names(value, section, f"{prefix}{name}.")
-
-
-def field_names(cls: type = Recipe, prefix: str = "") -> set[str]:
-    """The dotted names of all fields, sections included; for suggestions."""
-    found: set[str] = set()
-    for name, hint in get_type_hints(cls).items():
-        found.add(prefix + name)
-        section = _section(hint)
-        if section is not None:
-            found |= field_names(section, f"{prefix}{name}.")
-    return found
-
-
-def _construct(cls: type[Section], values: Mapping[str, Any], prefix: str) -> Section:
-    sections = {name: section for name, hint in get_type_hints(cls).items() if (section := _section(hint))}
-    leaves = {name: value for name, value in values.items() if name not in sections}
-    parser = _leaf_parser(cast(Hashable, cls))
-    arguments: dict[str, Any] = {}
-    for name, value in leaves.items():
-        try:
-            arguments[name] = parser.parse_object({name: value}, defaults=False)[name]
-        except (ArgumentError, TypeError, ValueError):
-            allowed = _spell(get_type_hints(cls)[name])
-            hint = nearest(value, get_args(get_type_hints(cls)[name])) if isinstance(value, str) else ""
-            raise UserError(f"{prefix}{name} is {value!r}; it must be {allowed}.{hint}") from None
-    for name, section in sections.items():
-        if name in values:
-            value = values[name]
-            arguments[name] = None if value is None else _construct(section, value, f"{prefix}{name}.")
-    return cls(**arguments)
-
-
-@functools.cache
-def _leaf_parser(cls: Hashable) -> ArgumentParser:
-    """A parser of the fields of one section that are no sections themselves; jsonargparse knows the types."""
-    parser = ArgumentParser(exit_on_error=False)
-    for name, hint in get_type_hints(cast(type, cls)).items():
-        if _section(hint) is None:
-            parser.add_argument(f"--{name}", type=hint)
-    return parser
-
-
-def _spell(hint: Any) -> str:
-    """A type in a user's words."""
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_spell(h) for h in get_args(hint))
-    if get_origin(hint) is tuple:
-        return f"a list of {_spell(get_args(hint)[0])} values"
-    if get_origin(hint) is dict:
-        return "a mapping"
-    return {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}.get(
-        hint, str(hint)
-    )
-
-
-def _section(hint: Any) -> type | None:
-    """The dataclass a field holds, alone or as `X | None`."""
-    for candidate in (hint, *get_args(hint)):
-        if isinstance(candidate, type) and is_dataclass(candidate):
-            return candidate
-    return None
 
 
 def _without_defaults(config: Any) -> dict[str, Any]:
@@ -284,5 +195,5 @@ def _without_defaults(config: Any) -> dict[str, Any]:
             # A section that is there is named even when all of it is default: it differs from an absent one.
             changed[f.name] = _without_defaults(value)
         elif value != getattr(reference, f.name):
-            changed[f.name] = plain(value)
+            changed[f.name] = to_plain(value)
     return changed

@@ -13,7 +13,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from engram_lab.errors import UserError, nearest
-from engram_lab.recipe import Recipe, check_names, field_names
+from engram_lab.plain import check_names, check_value, field_names
+from engram_lab.recipe import Recipe
 
 
 def read_recipe(file: Path, overrides: list[str]) -> Recipe:
@@ -39,7 +40,7 @@ def read_recipe(file: Path, overrides: list[str]) -> Recipe:
         raise UserError(f"{str(file)!r} is empty; a recipe is a mapping of fields, see recipes/tiny.yaml.")
     if not isinstance(values, dict):
         raise UserError(f"{str(file)!r} holds a {type(values).__name__}; a recipe is a mapping of fields.")
-    check_names(values)
+    check_names(Recipe, values, "recipe")
     _check_trainer(values.get("trainer") or {})
     for argument in overrides:
         if argument.startswith("--"):
@@ -48,6 +49,8 @@ def read_recipe(file: Path, overrides: list[str]) -> Recipe:
     try:
         parsed = parser.parse_args(["--config", str(file), *overrides])
     except (ArgumentError, TypeError, ValueError) as error:
+        _check_values(overrides)
+        Recipe.from_dict(values)
         raise UserError(" ".join(str(error).split()) + ".") from None
     kept = {key: value for key, value in parsed.as_dict().items() if key != "config"}
     given = {**(values.get("trainer") or {}), **_named(overrides, "trainer", kept["trainer"])}
@@ -56,7 +59,7 @@ def read_recipe(file: Path, overrides: list[str]) -> Recipe:
 
 def _check_override(name: str) -> None:
     """Refuse a name that is neither a field nor inside one that holds a mapping or an object."""
-    known = field_names() | {f"trainer.{setting}" for setting in inspect.signature(Trainer).parameters}
+    known = field_names(Recipe) | {f"trainer.{setting}" for setting in inspect.signature(Trainer).parameters}
     known |= {"help", "config", "print_config"}
     name = name.rstrip("+")
     parts = name.split(".")
@@ -68,6 +71,22 @@ def _check_override(name: str) -> None:
                 return
             break
     raise UserError(f"unknown recipe field {name!r}.{nearest(name, known)}")
+
+
+def _check_values(overrides: list[str]) -> None:
+    """Refuse the first override whose value its field cannot hold, in a sentence of ours."""
+    known, words = field_names(Recipe), iter(overrides)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and name in known:
+            check_value(Recipe, name, _loaded(value if equals else next(words, "")))
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _check_trainer(settings: Mapping[str, Any]) -> None:

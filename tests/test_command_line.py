@@ -51,7 +51,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--trainer.accelerator=tpu", "accelerator"),
         ("--trainer.max_steps=3", "data.tokens"),
         ("--tracking.uri=mlruns", "tracking uri is 'mlruns'"),
-        ("--model.d_model=wide", "model.d_model"),
+        ("--model.d_model=wide", "model.d_model is 'wide'; it must be an integer."),
+        ("--model.engram.gate=nune", "'plain', 'none'. Did you mean 'none'?"),
+        ("--model.engram.layers=[a]", "model.engram.layers is ['a']; it must be a list of integers."),
+        ("--model.attention=7", "model.attention is 7; it must be a section with fields."),
+        ("--seed=1.5", "seed is 1.5; it must be an integer."),
+        ("--study.budgets=[1]", "study.budgets is [1]; it must be a mapping of names to mappings of fields."),
     ],
 )
 def test_a_wrong_field_is_named_with_what_is_right(
@@ -62,6 +67,13 @@ def test_a_wrong_field_is_named_with_what_is_right(
 
 def test_a_recipe_that_is_not_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean" in refused(capsys, "run", "tiny.yml")
+
+
+def test_a_wrong_shape_in_the_file_is_told_like_one_on_the_command_line(
+    file: Path, tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(yaml.safe_dump({**tiny, "kind": "study", "study": {"rho": [1], "budgets": {"a": 3}}}))
+    assert "study.budgets is {'a': 3}; it must be a mapping of names" in refused(capsys, "run", file)
 
 
 def test_a_recipe_that_is_no_yaml(in_tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,9 @@ def test_every_shipped_recipe_is_valid(file: Path) -> None:
         ({"name": "a/b"}, r"name is 'a/b'"),
         ({"data.tokens": 10}, r"data\.tokens is 10.*at least 128"),
         ({"data": 3}, r"data is 3; it must be a section"),
+        ({"data": None}, r"data is None; it must be a section with fields\.$"),
+        ({"model.engram": [1]}, r"model\.engram is \[1\]; it must be a section with fields, or null\.$"),
+        ({"model.attention.rope_theta": "x"}, r"model\.attention\.rope_theta is 'x'; it must be a number\.$"),
         ({"checkpoint_every_n_steps": 0}, r"checkpoint_every_n_steps is 0"),
     ],
 )

@@ -1,8 +1,8 @@
 """A network as a folder: `model.safetensors` with the weights and `model.json` with everything else.
 
 A memory is worth something only to the tokenizer, canonical map and hash it was trained with: with another,
-every row would be read for the wrong n-gram and nothing would crash. The JSON file records all three, and
-loading refuses what differs.
+every row would be read for the wrong n-gram and nothing would crash. The JSON file records all three, and a
+digest of everything else that an address depends on; loading refuses what differs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engram_lab.errors import UserError
-from engram_lab.model.config import ModelConfig, from_plain
-from engram_lab.model.hashing import HASH_VERSION
+from engram_lab.model.config import ModelConfig
+from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION
 from engram_lab.model.transformer import Transformer
+from engram_lab.plain import from_plain, to_plain
 
 WEIGHTS, RECORD = "model.safetensors", "model.json"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 had no digest of addresses; its networks are still loaded, on trust."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,23 @@ class CheckpointRecord:
     """SHA-256 of the map from token ids to the ids that are hashed, int32; None without a memory."""
     hash_version: int
     """Version of the address function."""
+    address_digest: str | None = None
+    """SHA-256 of all that decides which row is read for an n-gram; None without a memory."""
+
+    def digest(self) -> str | None:
+        """Return what `address_digest` must be for the other fields."""
+        memory = self.network.engram
+        if memory is None:
+            return None
+        parts = {
+            "hash_version": self.hash_version,
+            "tokenizer": self.tokenizer_hash,
+            "canonical_hash": self.canonical_hash,
+            "vocab_size": self.network.vocab_size,
+            "eos_id": self.eos_id,
+            "engram": {name: to_plain(getattr(memory, name)) for name in ADDRESS_FIELDS},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def canonical_hash(canonical: np.ndarray) -> str:
@@ -68,7 +88,8 @@ def save(network: Transformer, folder: str | os.PathLike[str], *, tokenizer_hash
             else canonical_hash(network.hash.canonical.cpu().numpy()),
             hash_version=HASH_VERSION,
         )
-        (folder / f".{RECORD}.part").write_text(json.dumps(asdict(record), indent=2) + "\n")
+        record = replace(record, address_digest=record.digest())
+        (folder / f".{RECORD}.part").write_text(json.dumps(to_plain(record), indent=2) + "\n")
         for name in (WEIGHTS, RECORD):
             os.replace(folder / f".{name}.part", folder / name)
     except OSError as error:
@@ -84,12 +105,18 @@ def read_record(folder: str | os.PathLike[str]) -> CheckpointRecord:
         raise UserError(f"{folder} is no checkpoint: it holds no {RECORD}.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+    if not isinstance(plain, dict) or plain.get("format") not in READABLE:
         found = plain.get("format") if isinstance(plain, dict) else None
+        formats = " and ".join(map(str, READABLE))
         raise UserError(
-            f"{path} has checkpoint format {found!r}, but this version reads format {FORMAT} only."
+            f"{path} has checkpoint format {found!r}, but this version reads formats {formats} only."
         )
-    return from_plain(CheckpointRecord, plain, str(path))
+    try:
+        return from_plain(CheckpointRecord, plain, RECORD)
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except TypeError as error:  # a field that is missing
+        raise UserError(f"{path} is damaged: {error}.") from error
 
 
 def load(
@@ -115,6 +142,12 @@ def load(
         raise UserError(
             f"The checkpoint {folder} was trained with hash version {record.hash_version}, but this is "
             f"version {HASH_VERSION}, which reads other rows: use the version it was trained with."
+        )
+    if record.format > 1 and record.digest() != record.address_digest:
+        raise UserError(
+            f"The checkpoint {folder} cannot be used: its {RECORD} was changed in a field that decides which "
+            "rows are read (tokenizer, canonical map, vocabulary, eos_id, or of engram "
+            f"{', '.join(ADDRESS_FIELDS)}): restore what was saved."
         )
     if memory is not None and memory.canonical and canonical is not None:
         given = canonical_hash(canonical)

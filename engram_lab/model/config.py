@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
-from typing import Any, TypeVar, get_args, get_type_hints
+from dataclasses import dataclass, field
 
-from engram_lab.errors import UserError, nearest
+from engram_lab.errors import UserError
 from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.experts import FeedForwardConfig
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +53,3 @@ class ModelConfig:
                         f"engram.layers names block {layer}, but blocks are numbered 0 to {last}; "
                         f"the nearest is {last}."
                     )
-
-
-def from_plain(kind: type[T], plain: Mapping[str, Any], where: str) -> T:
-    """Build a configuration dataclass from the plain values that `dataclasses.asdict` and JSON leave of it.
-
-    Nested dataclasses and tuples are restored. UserError, naming `where`, for a field that does not exist.
-    """
-    hints = get_type_hints(kind)
-    for name in plain:
-        if name not in hints:
-            raise UserError(f"{where} has no field {name!r}.{nearest(name, hints)}")
-    return kind(**{name: _restored(hints[name], value, f"{where}: {name}") for name, value in plain.items()})
-
-
-def _restored(hint: Any, value: Any, where: str) -> Any:
-    if isinstance(value, Mapping):
-        options = (hint, *get_args(hint))
-        (nested,) = [option for option in options if isinstance(option, type) and is_dataclass(option)]
-        return from_plain(nested, value, where)
-    return tuple(value) if isinstance(value, list) else value

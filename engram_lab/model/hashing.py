@@ -19,6 +19,22 @@ from engram_lab.model.primes import take_primes
 HASH_VERSION = 1
 """Goes up when any address changes for the same configuration; part of a run's identity."""
 
+ADDRESS_FIELDS = (
+    "module",
+    "layers",
+    "orders",
+    "heads",
+    "rows_per_head",
+    "hash_seed",
+    "boundary",
+    "dead_tokens",
+    "canonical",
+    "multipliers",
+    "pad_rows_to",
+    "addresses",
+)
+"""The fields of `EngramConfig` on which the row read for an n-gram depends; no other field does."""
+
 SALT = 0x1E3779B97F4A7C15
 """Odd multiplier that spreads positions over 63 bits for the `shuffled` control."""
 INT64_MAX = np.iinfo(np.int64).max

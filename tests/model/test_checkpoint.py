@@ -9,12 +9,14 @@ from engram_lab.errors import UserError
 from engram_lab.model import checkpoint
 from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.checkpoint import load, read_record, save
-from engram_lab.model.config import ModelConfig, from_plain
+from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.experts import FeedForwardConfig
+from engram_lab.model.hashing import ADDRESS_FIELDS, NgramHash
 from engram_lab.model.initialise import initialise
 from engram_lab.model.rope import YarnConfig
 from engram_lab.model.transformer import Transformer
+from engram_lab.plain import from_plain, to_plain
 
 CANONICAL = np.arange(40, dtype=np.int32) // 2
 IDS = torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -68,7 +70,7 @@ def refusal(folder, **arguments) -> str:
     with pytest.raises(UserError) as caught:
         load(folder, **arguments)
     message = str(caught.value)
-    assert message.endswith(".")
+    assert message.endswith((".", "?"))
     assert "\n" not in message
     return message
 
@@ -107,16 +109,91 @@ def test_a_hash_computed_otherwise_is_refused(tmp_path):
     assert "hash.multipliers differs from what this version computes" in refusal(tmp_path)
 
 
+OTHER = {
+    "module": "over_encoding",
+    "layers": [0],
+    "orders": [2, 4],
+    "heads": 4,
+    "rows_per_head": [31, 37],
+    "hash_seed": 7,
+    "boundary": "sequence_start",
+    "dead_tokens": [3],
+    "canonical": False,
+    "multipliers": "splitmix",
+    "pad_rows_to": 2,
+    "addresses": "shuffled",
+}
+"""Another value for each field that addresses depend on."""
+
+
+@pytest.mark.parametrize("field", ADDRESS_FIELDS)
+def test_an_edited_address_field_is_refused(tmp_path, field):
+    save(network(), tmp_path, tokenizer_hash="a")
+    plain = json.loads((tmp_path / "model.json").read_text())["network"]
+    assert plain["engram"][field] != OTHER[field]
+    plain["engram"][field] = OTHER[field]
+    if field == "module":
+        plain["engram"]["layers"] = [0]
+    edit(tmp_path, network=plain)
+    message = refusal(tmp_path, tokenizer_hash="a")
+    assert "was changed in a field that decides which rows are read" in message
+    assert field in message
+
+
+@pytest.mark.parametrize("change", [{"eos_id": 6}, {"tokenizer_hash": "b"}])
+def test_an_edited_record_is_refused(tmp_path, change):
+    save(network(), tmp_path, tokenizer_hash="a")
+    edit(tmp_path, **change)
+    assert "decides which rows are read" in refusal(tmp_path, **change if "tokenizer_hash" in change else {})
+
+
+def test_fields_left_out_of_the_digest_change_no_address():
+    """So that none is forgotten: every other field may differ and the rule stays what it is."""
+    values = {
+        "row_dim": 8,
+        "conv_kernel": 0,
+        "gate": "none",
+        "fused_projection": True,
+        "frozen_table": True,
+        "row_storage": "bfloat16",
+        "product_keys": 99,
+        "product_top_k": 3,
+        "mlp_hidden": 5,
+    }
+    assert {*values, *ADDRESS_FIELDS} == {field.name for field in dataclasses.fields(EngramConfig)}
+    for name, value in values.items():
+        changed = dataclasses.replace(FULL.engram, **{name: value})
+        assert changed != FULL.engram
+        rule, same = (NgramHash.build(memory, CANONICAL, 40, 5) for memory in (changed, FULL.engram))
+        assert np.array_equal(rule.addresses(IDS.numpy()), same.addresses(IDS.numpy()))
+
+
+def test_a_checkpoint_of_format_1_is_still_loaded(tmp_path):
+    model = network()
+    save(model, tmp_path, tokenizer_hash="a")
+    plain = json.loads((tmp_path / "model.json").read_text())
+    del plain["address_digest"]
+    (tmp_path / "model.json").write_text(json.dumps(plain | {"format": 1}))
+    assert torch.equal(load(tmp_path, tokenizer_hash="a", canonical=CANONICAL)(IDS), model(IDS))
+    (tmp_path / "model.json").write_text(json.dumps(plain))
+    assert "decides which rows are read" in refusal(tmp_path)
+
+
 def test_damage_is_named(tmp_path):
     assert "no checkpoint: it holds no model.json" in refusal(tmp_path)
     save(network(), tmp_path, tokenizer_hash="a")
     edit(tmp_path, canonical_hash="0" * 64)
-    assert "damaged: model.json names another canonical map" in refusal(tmp_path)
+    assert "decides which rows are read" in refusal(tmp_path)
     save(network(), tmp_path, tokenizer_hash="a")
     edit(tmp_path, network=dataclasses.asdict(dataclasses.replace(FULL, d_model=32)))
     assert "damaged: its weights" in refusal(tmp_path)
+    edit(tmp_path, eos="5")
+    assert "is damaged: unknown model.json field 'eos'. Did you mean 'eos_id'?" in refusal(tmp_path)
+    save(network(), tmp_path, tokenizer_hash="a")
+    (tmp_path / "model.json").write_text('{"format": 2}')
+    assert "is damaged" in refusal(tmp_path)
     edit(tmp_path, format=99)
-    assert "format 99, but this version reads format 1" in refusal(tmp_path)
+    assert "format 99, but this version reads formats 1 and 2" in refusal(tmp_path)
     save(network(), tmp_path, tokenizer_hash="a")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -141,8 +218,8 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_configurations_survive_json():
-    plain = json.loads(json.dumps(dataclasses.asdict(FULL)))
+    plain = json.loads(json.dumps(to_plain(FULL)))
     assert from_plain(ModelConfig, plain, "model") == FULL
     plain["attention"]["n_head"] = 3
-    with pytest.raises(UserError, match=r"model: attention has no field 'n_head'. Did you mean 'n_heads'\?"):
+    with pytest.raises(UserError, match=r"unknown model field 'attention.n_head'. Did you mean 'n_heads'\?"):
         from_plain(ModelConfig, plain, "model")
