@@ -15,12 +15,12 @@ class ScalingError(Exception):
     """
 
     def __init__(self, message: str, *, shell: str | None = None) -> None:
-        """`shell` is the message for a reader at a command line, where the way out is an option of its own."""
+        """`shell` is the message for a reader at a command line, where the way out is one of its options."""
         super().__init__(message)
         self._shell = message if shell is None else shell
 
     def in_shell(self, options: Iterable[str]) -> str:
-        """Return the message with keywords of functions, such as `budget=`, written as options: `--budget`."""
+        """Return the message with keywords of functions (`budget=`) written as options (`--budget`)."""
         said = self._shell
         for name in options:
             flag = f"--{name.replace('_', '-')}"

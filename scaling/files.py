@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
@@ -30,7 +31,7 @@ def load(path: Path) -> pl.DataFrame:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if packed else suffixes)[-1:] or [""]
-    readers = {
+    readers: dict[str, Callable[[io.BytesIO], pl.DataFrame]] = {
         ".csv": _delimited,
         ".tsv": _delimited,
         ".txt": _delimited,

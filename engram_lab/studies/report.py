@@ -50,6 +50,10 @@ def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
         else "none: every training token is fresh",
         "flops": "training, forward and backward, a multiply-add counted as two; scores over the whole "
         "sequence and the output head included",
+        "parameters": "all but the token embedding and the output head",
+        "metric": "validation loss after the last step, nats per token",
+        "checkpoints": "one, after the last step",
+        "smoothing": "no: neither smoothed nor interpolated",
         "recipe": yaml.safe_dump(recipe.to_dict(), sort_keys=False),
         "code": code_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"

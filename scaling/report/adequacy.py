@@ -23,7 +23,7 @@ from scaling.choosing import (
 from scaling.curvefit import CurveFit
 from scaling.joint import JointFit
 from scaling.memory import MemoryFit
-from scaling.report.runs import budget_label
+from scaling.report.numbers import budget_label
 
 BUDGETS = 6
 """Most budgets that are left out one by one: each is a whole joint fit."""

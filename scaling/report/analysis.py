@@ -15,7 +15,9 @@ from scaling.frame import need
 from scaling.joint import JointFit, fit_joint
 from scaling.memory import SIZES, MemoryFit, fit_memory
 from scaling.report.adequacy import BudgetTrial, Trial, budget_trial, trials
-from scaling.report.runs import Runs, budget_label, told_apart
+from scaling.report.numbers import budget_label
+from scaling.report.runs import Runs, told_apart
+from scaling.report.standard import Standard, calls_for_laws, standard
 
 NEXT = 3
 """How many further runs are proposed."""
@@ -42,6 +44,8 @@ class Study:
     """The law across budgets; empty with fewer than two."""
     memories: tuple[Sizes, ...]
     """One for each budget, smallest first."""
+    standard: Standard | None
+    """Laws of size, tokens, experts or vocabulary, where the table sweeps neither shares nor memory."""
     trials: tuple[Trial, ...]
     """What tries the chosen model of every sweep."""
     budget_trial: BudgetTrial | None
@@ -59,9 +63,10 @@ def analyse(frame: pl.DataFrame) -> Study:
         listed = ", ".join(map(repr, names[:8]))
         held = f"Column 'study' holds {len(names)} studies ({listed}), and a report is of one;"
         raise ScalingError(f"{held} keep its rows alone.", shell=f"{held} choose with --study {names[0]}.")
-    if not {"rho", *SIZES} & set(frame.columns):
-        need(frame, "rho")
     runs = told_apart(frame)
+    swept = bool({"rho", *SIZES} & set(frame.columns))
+    if not swept and not calls_for_laws(runs.fitted):
+        _refuse(frame)
     unfitted: list[str] = []
     allocations: tuple[AllocationFit, ...] = ()
     joint: tuple[JointFit, ...] = ()
@@ -72,9 +77,12 @@ def analyse(frame: pl.DataFrame) -> Study:
     if len(allocations) > 1:
         joint = _tried(lambda: (fit_joint(frame),), "share and compute", unfitted)
     if sizes.height:
-        found = budgets(sizes)
-        several: tuple[float | None, ...] = found if len(found) > 1 else (None,)
+        at = budgets(sizes)
+        several: tuple[float | None, ...] = at if len(at) > 1 else (None,)
         memories = _tried(lambda: _sizes(frame, several), "memory", unfitted)
+    found = None
+    if not (shares.height or sizes.height):
+        found = standard(frame, runs.fitted, unfitted)
     if runs.fitted.is_empty():
         why = "Every finished run is a control" if runs.controls.height else "No run has finished with a loss"
         unfitted.append(f"{why}, so nothing is fitted.")
@@ -83,11 +91,22 @@ def analyse(frame: pl.DataFrame) -> Study:
         allocations=allocations,
         joint=joint,
         memories=memories,
+        standard=found,
         trials=trials(allocations, [(_of(sizes), sizes.fit) for sizes in memories]),
         budget_trial=next((budget_trial(fit, frame) for fit in joint), None),
         next_runs=_next(allocations),
         unfitted=tuple(unfitted),
     )
+
+
+def _refuse(frame: pl.DataFrame) -> None:
+    """Say what a table must hold for a report."""
+    laws = "or total_parameters, at 3 values or more, and tokens or budget (standard laws)"
+    try:
+        need(frame, "rho")
+    except ScalingError as error:
+        wanted = f"A report needs rho (shares), slots or memory_parameters (memory), {laws}."
+        raise ScalingError(f"{wanted} {error}", shell=f"{wanted} {error.in_shell(())}") from None
 
 
 def _sizes(frame: pl.DataFrame, at: tuple[float | None, ...]) -> tuple[Sizes, ...]:

@@ -11,10 +11,9 @@ from scaling.allocation import CREDIBLE, AllocationFit
 from scaling.joint import JointFit, JointModel
 from scaling.report import plots, words
 from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
-from scaling.report.drawing import Curve, Estimate, Points
+from scaling.report.drawing import Curve, Estimate, Label, Points
 from scaling.report.models import SCORES, scores
-from scaling.report.numbers import fixed, interval, percent, significant
-from scaling.report.runs import budget_label
+from scaling.report.numbers import budget_label, fixed, interval, percent, significant
 from scaling.ushape import cells
 
 STEPS = 25
@@ -108,18 +107,20 @@ def _picture(fit: JointFit, shares: Sequence[AllocationFit]) -> Picture:
         law = _law(model, np.geomspace(min(fit.budgets), right, STEPS))
     measured = [share for share in shares if share.budget is not None]
     return plots.drift(
-        "compute",
-        "Best share against compute",
+        Label(
+            name="compute",
+            title="Best share against compute",
+            caption=(
+                "Points: each budget fitted by itself, with the union interval over its credible models;"
+                " dotted where an end is not bounded. Line and band: the joint law"
+                + (f" ({model.name})" if model is not None else "")
+                + ", 95 %, carried beyond the largest budget."
+            ),
+            alt=f"Best share against compute. {words.drift(fit)}",
+        ),
         np.array([share.budget for share in measured], dtype=float),
         [Estimate.of("ρ*", s.optimum.rho, s.optimum.interval) for s in measured],
         law,
-        caption=(
-            "Points: each budget fitted by itself, with the union interval over its credible models; dotted"
-            " where an end is not bounded. Line and band: the joint law"
-            + (f" ({model.name})" if model is not None else "")
-            + ", 95 %, carried beyond the largest budget."
-        ),
-        alt=f"Best share against compute. {words.drift(fit)}",
     )
 
 
@@ -139,12 +140,14 @@ def _overlay(shares: Sequence[AllocationFit]) -> tuple[Picture, ...]:
         curves.append(Curve(name=budget_label(share.budget), x=grid, mean=loss - lowest))
     return (
         plots.overlay(
-            "overlay",
-            "Loss above the lowest, by budget",
+            Label(
+                name="overlay",
+                title="Loss above the lowest, by budget",
+                caption="Means over seeds, and each budget's model with the lowest AICc, above its lowest.",
+                alt="Loss above the lowest against share, one curve a budget.",
+            ),
             points,
             curves,
-            caption="Means over seeds, and each budget's model with the lowest AICc, both above its lowest.",
-            alt="Loss above the lowest against share, one curve a budget.",
         ),
     )
 

@@ -1,109 +1,105 @@
 """The questions a reader asks of a study of scaling, answered from the data where the data can answer.
 
 After Li, Kudugunta and Zettlemoyer, "(Mis)Fitting: A Survey of Scaling Laws" (ICLR 2025): its four groups,
-in our own words. What neither the runs nor the caller's context say is left standing as "not recorded", so
-that it is seen.
+in our own words. What neither the runs nor the caller's context say is left standing as "not stated in the
+data", so that it is seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 
-from scaling.allocation import CREDIBLE
+from scaling.frame import BUDGET_GAP
 from scaling.report.document import Table
-from scaling.report.numbers import plural, short
+from scaling.report.numbers import budget_label, plural, short
 from scaling.report.runs import Runs, in_budgets
 
-UNKNOWN = "not recorded"
+UNSTATED = "not stated in the data"
+RECIPE = "as the recipe below says"
 
 
-def checklist(
-    runs: Runs, context: Mapping[str, object], *, forms: Sequence[str], checks: Sequence[str]
-) -> Table:
-    """Return the checklist as a table; `forms` are the laws fitted, `checks` how they were tested."""
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How the fits were made, in the words of whoever made them."""
+
+    forms: Sequence[str]
+    chosen: Sequence[str]
+    assumed: Sequence[str]
+    minimised: Sequence[str]
+    algorithms: Sequence[str]
+    intervals: Sequence[str]
+    checks: Sequence[str]
+    troubles: Sequence[str]
+    """Fits that did not simply converge, each with its status."""
+
+
+def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Table:
+    """Return the checklist as a table."""
     fitted = runs.fitted
-    rows = [
-        ("Hypothesis", "Which forms were fitted?", "; ".join(forms) or "none"),
-        ("Hypothesis", "Which variables do they relate?", _variables(fitted)),
-        (
-            "Hypothesis",
-            "Which form was chosen, and how?",
-            f"By AICc; the interval of ρ* is the union over every form within {CREDIBLE:g} of the lowest.",
+    recipe = RECIPE if "recipe" in context else UNSTATED
+
+    def told(*names: str, default: str = UNSTATED) -> str:
+        found = [_line(context[name]) for name in names if context.get(name) not in (None, "")]
+        return "; ".join(found) or default
+
+    groups = {
+        "Hypothesis": (
+            ("Which forms were fitted?", _all(method.forms, "none")),
+            ("Which variables do they relate?", _variables(fitted)),
+            ("Which form was chosen, and how?", _all(method.chosen, "none")),
+            ("What do the forms take for granted?", _all(method.assumed, "nothing was fitted")),
         ),
-        (
-            "Hypothesis",
-            "What do the forms take for granted?",
-            "At most one minimum in ρ, but for a level of its own at ρ = 1 where a form has a jump; runs of a"
-            " seed share a level where seeds are paired.",
+        "Training": (
+            ("How many models were trained?", _models(runs)),
+            ("At which sizes, on how many tokens?", _sizes(fitted)),
+            ("On which data?", told("data", "data_hash", default=_named(fitted, "data_hash") or UNSTATED)),
+            ("With which tokenizer and context length?", told("tokenizer", default=recipe)),
+            ("Was any token seen twice?", told("repetition")),
+            ("How are parameters counted?", told("parameters")),
+            ("How is compute counted?", told("flops")),
+            ("How were hyper-parameters chosen?", told("hyper_parameters", default=recipe)),
+            ("Did the learning rate end with the tokens of each run?", told("schedule", default=recipe)),
+            ("By which code?", _named(fitted, "code_version") or told("code_version", "code")),
+            ("On which machine?", told("machine")),
+            ("How far do cells miss their budget?", _missed(fitted)),
         ),
-        ("Training", "How many models were trained?", _models(runs)),
-        ("Training", "At which sizes, on how many tokens?", _sizes(fitted)),
-        (
-            "Training",
-            "On which data?",
-            _said(context, "data", "data_hash", default=_named(fitted, "data_hash") or UNKNOWN),
-        ),
-        ("Training", "Was any token seen twice?", _said(context, "repetition")),
-        ("Training", "How are parameters counted?", "Without the token embedding and the output head."),
-        (
-            "Training",
-            "How is compute counted?",
-            _said(context, "flops", default="As given in column budget."),
-        ),
-        (
-            "Training",
-            "How were hyper-parameters chosen?",
-            _said(
-                context,
-                "hyper_parameters",
-                default="As the recipe below says." if "recipe" in context else UNKNOWN,
+        "Data": (
+            ("What is the metric?", told("metric", default=f"Column loss; on which text is {UNSTATED}.")),
+            (
+                "How many checkpoints of a run are used?",
+                told("checkpoints", default=f"One row is taken for one run; which checkpoint is {UNSTATED}."),
+            ),
+            ("How many seeds?", _seeds(fitted)),
+            ("Was any run left out?", _left_out(runs)),
+            ("Which runs were taken for one budget?", _merged(fitted)),
+            (
+                "Were the losses changed before fitting?",
+                told("smoothing", default=f"Not here; whether they were smoothed before is {UNSTATED}."),
             ),
         ),
-        (
-            "Training",
-            "By which code?",
-            _named(fitted, "code_version") or _said(context, "code_version", "code"),
+        "Fitting": (
+            ("What is minimised?", _all(method.minimised, "nothing")),
+            ("By which algorithm, from where?", _all(method.algorithms, "none")),
+            ("How are intervals made?", _all(method.intervals, "none")),
+            ("Which fits did not simply converge?", _all(method.troubles, "None: every fit converged.")),
+            ("How was the fit checked?", _all(method.checks, "not checked: too few runs")),
+            ("Can it be repeated?", "runs.csv, runs.parquet and fits.json lie beside this page."),
         ),
-        ("Training", "On which machine?", _said(context, "machine")),
-        (
-            "Training",
-            "How far do cells miss their budget?",
-            _missed(fitted),
-        ),
-        ("Data", "What is the metric?", "Final validation loss, nats per token."),
-        ("Data", "How many checkpoints of a run are used?", "One, the last."),
-        ("Data", "How many seeds?", _seeds(fitted)),
-        ("Data", "Was any run left out?", _left_out(runs)),
-        ("Data", "Were the losses changed before fitting?", "No: neither smoothed nor interpolated."),
-        ("Fitting", "What is minimised?", "Squared residuals of the loss, weighted where loss_sd is given."),
-        (
-            "Fitting",
-            "By which algorithm, from where?",
-            "Variable projection: a grid over the non-linear parameters, the rest solved exactly, then"
-            " Levenberg-Marquardt from the grid's best points.",
-        ),
-        (
-            "Fitting",
-            "How are intervals made?",
-            "Profile F, 95 %; an end that the data do not bound is said so.",
-        ),
-        ("Fitting", "How was the fit checked?", "; ".join(checks) or "not checked: too few runs"),
-        ("Fitting", "Can it be repeated?", "runs.csv, runs.parquet and fits.json lie beside this page."),
-    ]
+    }
     return Table(
         title="Checklist",
         columns=("part", "question", "answer"),
-        rows=tuple(rows),
+        rows=tuple((part, *row) for part, rows in groups.items() for row in rows),
         note="After Li, Kudugunta and Zettlemoyer, (Mis)Fitting: A Survey of Scaling Laws, 2025.",
     )
 
 
-def _said(context: Mapping[str, object], *names: str, default: str = UNKNOWN) -> str:
-    said = [_line(context[name]) for name in names if context.get(name) not in (None, "")]
-    return "; ".join(said) or default
+def _all(said: Sequence[str], otherwise: str) -> str:
+    return "; ".join(said) or otherwise
 
 
 def _line(value: object) -> str:
@@ -122,11 +118,11 @@ def _missed(frame: pl.DataFrame) -> str:
         if name in frame.columns and frame[name].null_count() < frame.height:
             worst = 100 * float(np.abs(frame[name].drop_nulls().to_numpy()).max())
             said.append(f"{what} by at most {worst:.2g} %")
-    return "; ".join(said) or UNKNOWN
+    return "; ".join(said) or UNSTATED
 
 
 def _variables(frame: pl.DataFrame) -> str:
-    names = ("rho", "slots", "memory_parameters", "budget", "tokens", "total_parameters")
+    names = ("rho", "slots", "memory_parameters", "budget", "tokens", "total_parameters", "experts")
     varied = [n for n in names if n in frame.columns and frame[n].drop_nulls().n_unique() > 1]
     return "loss and " + ", ".join(varied) if varied else "loss alone: nothing varied"
 
@@ -137,7 +133,24 @@ def _models(runs: Runs) -> str:
         parts.append(f"{runs.controls.height} controls")
     if runs.left_out.height:
         parts.append(f"{runs.left_out.height} left out")
-    return ", ".join(parts) + f"; {plural(len(in_budgets(runs.fitted)), 'budget')}."
+    return ", ".join(parts) + "."
+
+
+def _merged(frame: pl.DataFrame) -> str:
+    """Say which budgets hold runs of unequal compute, and how unequal."""
+    if "budget" not in frame.columns or frame["budget"].null_count() == frame.height:
+        return f"All of them: compute is {UNSTATED}."
+    said = []
+    found = in_budgets(frame)
+    for budget, part in found:
+        flops = part["budget"].drop_nulls()
+        low, high = float(flops.min()), float(flops.max())  # type: ignore[arg-type]
+        if high > low * (1 + 1e-9):
+            said.append(
+                f"{budget_label(budget)} holds {flops.n_unique()} values {100 * (high / low - 1):.2g} % apart"
+            )
+    rule = f"Runs less than a factor {BUDGET_GAP:g} from the next in compute: {plural(len(found), 'budget')}"
+    return f"{rule}; {'; '.join(said)}." if said else f"{rule}, each of one value."
 
 
 def _sizes(frame: pl.DataFrame) -> str:
@@ -147,12 +160,12 @@ def _sizes(frame: pl.DataFrame) -> str:
             low, high = frame[name].min(), frame[name].max()
             span = short(low) if low == high else f"{short(low)} to {short(high)}"  # type: ignore[arg-type]
             said.append(f"{span} {unit}")
-    return "; ".join(said) or UNKNOWN
+    return "; ".join(said) or UNSTATED
 
 
 def _seeds(frame: pl.DataFrame) -> str:
     if "seed" not in frame.columns or frame["seed"].null_count() == frame.height:
-        return UNKNOWN
+        return UNSTATED
     by = [name for name in ("sweep", "rho", "slots") if name in frame.columns]
     counts = [
         n
@@ -168,6 +181,6 @@ def _seeds(frame: pl.DataFrame) -> str:
 
 def _left_out(runs: Runs) -> str:
     if runs.left_out.is_empty():
-        return "No run of the study was left out."
+        return f"None of the table's; whether it leaves any out is {UNSTATED}."
     reasons = runs.left_out.group_by("status", "reason").len().sort("status", "reason")
     return "; ".join(f"{n} {status}: {reason}" for status, reason, n in reasons.iter_rows())

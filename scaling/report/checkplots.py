@@ -11,39 +11,42 @@ from scaling.report.document import Picture
 from scaling.report.drawing import (
     Array,
     Estimate,
+    Label,
     Points,
+    finish,
     interval_bar,
-    log_ticks,
     raw,
+    ticked,
 )
-from scaling.report.numbers import short
 
 NAMES = 1.5
 """Inches left of a panel whose rows are named."""
 
 
 def forest(
-    name: str,
-    title: str,
+    label: Label,
     estimates: Sequence[Estimate],
-    union: Estimate,
+    union: Estimate | None = None,
     *,
     axis: str,
-    caption: str,
-    alt: str,
+    within: tuple[float, float] | None = None,
 ) -> Picture:
-    """Draw each model's rho* with its interval, the union last; arrows point where there is no bound.
+    """Draw each estimate with its interval, their union last; arrows point where there is no bound.
 
-    The axis shows what the intervals span, and all of [0, 1] when one is unbounded.
+    The axis shows what the intervals span, and all of `within`, where there is such a range, when one is
+    unbounded.
     """
-    rows = [*estimates, union]
+    rows = [*estimates, *([] if union is None else [union])]
     with theme.figure(0.29 * len(rows)) as (drawn, axes):
         known = [v for row in rows for v in (row.low, row.high, row.value) if v is not None]
         blank = (None, None, None)
         drawn_rows = [row for row in rows if (row.value, row.low, row.high) != blank]
         bounded = drawn_rows and all(None not in (row.low, row.high) for row in drawn_rows)
-        pad = 0.06 * max(max(known) - min(known), 0.02) if bounded else 0.04
-        limits = (max(min(known), 0.0), min(max(known), 1.0)) if bounded else (0.0, 1.0)
+        low, high = (min(known), max(known)) if bounded or within is None else within
+        if within is not None:
+            low, high = max(low, within[0]), min(high, within[1])
+        pad = 0.06 * max(high - low, 0.02)
+        limits = (low, high)
         for row, estimate in enumerate(rows):
             last = estimate is union
             if (estimate.value, estimate.low, estimate.high) == blank:
@@ -61,16 +64,14 @@ def forest(
             )
         axes.set_yticks(range(len(rows)), [r.name for r in rows])
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(limits[0] - pad, limits[1] + pad), xlabel=axis)
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_title(title)
-        theme.settle(drawn, axes, left=NAMES)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label, left=NAMES)
 
 
 def profile(
-    name: str,
-    title: str,
+    label: Label,
     x: Array,
     statistic: Array,
     threshold: float,
@@ -78,8 +79,6 @@ def profile(
     axis: str,
     null: float | None,
     null_label: str,
-    caption: str,
-    alt: str,
 ) -> Picture:
     """Draw a profile statistic of one parameter; the data cannot reject what is under the threshold."""
     with theme.figure(2.1) as (drawn, axes):
@@ -90,21 +89,16 @@ def profile(
         if null is not None:
             axes.axvline(null, color=theme.MUTED, lw=0.9, ls=(0, (2, 2)), label=null_label)
         axes.set(ylim=(0, 3.2 * threshold), xlim=(float(x.min()), float(x.max())), xlabel=axis, ylabel="F")
-        axes.set_title(title)
-        theme.settle(drawn, axes)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label)
 
 
 def residuals(
-    name: str,
-    title: str,
+    label: Label,
     points: Points,
     *,
     axis: str,
     log: bool,
     sd: float | None,
-    caption: str,
-    alt: str,
 ) -> Picture:
     """Draw residuals in thousandths of a nat, with a band of two of their SDs each way."""
     with theme.figure(1.9) as (drawn, axes):
@@ -117,24 +111,16 @@ def residuals(
         axes.axhline(0, color=theme.MUTED, lw=0.8)
         raw(axes, Points(x=points.x, y=1e3 * points.y, seed=points.seed), join=False)
         if log:
-            ticks = log_ticks(float(points.x.min()), float(points.x.max()))
-            axes.set_xticks(ticks, [short(t) for t in ticks])
-            axes.minorticks_off()
+            ticked(axes, float(points.x.min()), float(points.x.max()))
         axes.set(xlabel=axis, ylabel="residual (0.001 nats)")
-        axes.set_title(title)
-        theme.settle(drawn, axes)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label)
 
 
 def held_out(
-    name: str,
-    title: str,
+    label: Label,
     actual: Array,
     predicted: Sequence[Estimate],
     groups: Sequence[str],
-    *,
-    caption: str,
-    alt: str,
 ) -> Picture:
     """Draw predictions of runs that the fit did not see against what they turned out to be."""
     with theme.figure(2.7) as (drawn, axes):
@@ -156,6 +142,4 @@ def held_out(
             xlabel="measured loss (nats per token)",
             ylabel="predicted loss (nats per token)",
         )
-        axes.set_title(title)
-        theme.settle(drawn, axes)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label)

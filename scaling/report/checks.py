@@ -11,7 +11,7 @@ from scaling.choosing import Influence
 from scaling.report import checkplots
 from scaling.report.adequacy import BudgetTrial, Trial
 from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
-from scaling.report.drawing import SHARE, Estimate, Points
+from scaling.report.drawing import SHARE, Estimate, Label, Points
 from scaling.report.memories import AXES
 from scaling.report.models import residuals
 from scaling.report.numbers import fixed, interval, short, significant
@@ -179,14 +179,16 @@ def _said(trials: Sequence[Trial]) -> str:
 def _residuals(trial: Trial, number: int) -> Picture:
     obs, model = trial.model.obs, trial.model
     return checkplots.residuals(
-        f"residuals-{number}",
-        f"{trial.of}: {model.name}",
+        Label(
+            name=f"residuals-{number}",
+            title=f"{trial.of}: {model.name}",
+            caption=f"Loss minus the fitted loss of {model.name}.",
+            alt=f"Residuals of {model.name}, in thousandths of a nat.",
+        ),
         Points(x=obs.x, y=residuals(model), seed=obs.seed),
         axis=SHARE if trial.axis == "rho" else AXES[trial.axis],
         log=trial.axis != "rho",
         sd=model.sd,
-        caption=f"Loss minus the fitted loss of {model.name}.",
-        alt=f"Residuals of {model.name}, in thousandths of a nat.",
     )
 
 
@@ -200,16 +202,18 @@ def _held_out(trials: Sequence[Trial]) -> Picture:
                 predicted.append(Estimate.of("", mean, (low, high) if bounded else (None, None)))
                 groups.append(f"{trial.of}, {_end(held.what, trial.axis)}")
     return checkplots.held_out(
-        "held-out",
-        "Held-out runs",
+        Label(
+            name="held-out",
+            title="Held-out runs",
+            caption=(
+                "Each run at an end of a sweep against its prediction from the rest, with the 95 % interval"
+                " of a new run."
+            ),
+            alt=_said(trials),
+        ),
         np.array(actual),
         predicted,
         groups,
-        caption=(
-            "Each run at an end of a sweep against its prediction from the rest, with the 95 % interval of a"
-            " new run."
-        ),
-        alt=_said(trials),
     )
 
 

@@ -10,6 +10,7 @@ from scaling.report.analysis import Study
 from scaling.report.checklist import checklist
 from scaling.report.controls import controls
 from scaling.report.document import Block, Caution, Code, Section, Table
+from scaling.report.method import method
 from scaling.report.numbers import plural, significant
 from scaling.report.runs import Runs, held_fixed, left_out, overview
 
@@ -20,23 +21,12 @@ def data(study: Study, context: Mapping[str, object], runs_hash: str) -> Section
     """Return the section; `context` is what the caller knows and the runs do not say."""
     runs = study.runs
     has_runs = runs.fitted.height > 0
-    share = [f"loss against share: {', '.join(m.name for m in f.models)}" for f in study.allocations[:1]]
-    joint = [f"all budgets: {', '.join(m.name for m in f.models)}" for f in study.joint]
-    sizes = [f"loss against memory: {', '.join(m.name for m in f.fit.models)}" for f in study.memories[:1]]
-    forms = share + joint + sizes
-    tests = ["a profile interval and a status for every model"] if forms else []
-    if study.allocations:
-        tests.append("bootstrap test of a U against monotone curves")
-    if study.trials:
-        tests.append("residuals, lack of fit, leave-one-out, held-out ends, influence")
-    if study.budget_trial is not None:
-        tests.append("the largest budget forecast from the others, each budget left out")
     blocks: list[Block | None] = [
         left_out(runs),
         overview(runs) if has_runs else None,
         controls(runs),
         held_fixed(runs) if has_runs else None,
-        checklist(runs, context, forms=forms, checks=tests),
+        checklist(runs, context, method(study)),
         *_made_by(runs),
         *_context(context, runs_hash),
     ]

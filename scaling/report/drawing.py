@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scaling.report import theme
+from scaling.report.document import Picture
+from scaling.report.numbers import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
 LOSS = "validation loss (nats per token)"
@@ -21,6 +24,25 @@ DRAWN = 3000
 JOINED = 32
 """Seeds joined by lines at most."""
 SHARE = "ρ: share of sparse parameters in routed experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """What is written around a picture."""
+
+    name: str
+    """Stem of its file."""
+    title: str
+    caption: str
+    alt: str
+    """What it shows, for those who do not see it."""
+
+
+def finish(drawn: Figure, axes: Axes, label: Label, *, left: float | None = None) -> Picture:
+    """Lay a drawn figure out under its title and return it; `left` is its margin in inches."""
+    axes.set_title(label.title)
+    theme.settle(drawn, axes, left=left)
+    return Picture(name=label.name, svg=theme.to_svg(drawn, label.alt), alt=label.alt, caption=label.caption)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +173,12 @@ def log_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             return ticks[:: 1 + len(ticks) // 7]
     return ticks or [low, high]
+
+
+def ticked(
+    axes: Axes, low: float, high: float, *, of: str = "x", say: Callable[[float | None], str] = short
+) -> None:
+    """Put round ticks between two ends on a log axis; `say` names them."""
+    ticks = log_ticks(low, high)
+    getattr(axes, f"set_{of}ticks")(ticks, [say(tick) for tick in ticks])
+    axes.minorticks_off()

@@ -12,10 +12,9 @@ from scaling.memory import MemoryFit, MemoryModel
 from scaling.report import checkplots, plots, words
 from scaling.report.analysis import Sizes
 from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
-from scaling.report.drawing import Points
+from scaling.report.drawing import Label, Points
 from scaling.report.models import SCORES, curve, formula, profile_f, scores, status
-from scaling.report.numbers import interval, percent, significant
-from scaling.report.runs import budget_label
+from scaling.report.numbers import budget_label, interval, percent, significant
 
 FAN = 10.0
 """How far beyond the largest memory the law is drawn: a reader asks what ten times more would bring."""
@@ -87,17 +86,19 @@ def _picture(fit: MemoryFit, number: int, of: str) -> Picture:
     if not above.all():
         without = Points(x=obs.x[~above], y=obs.y[~above], seed=obs.seed[~above])
     return plots.memory(
-        f"memory-{number}",
-        f"Loss against memory{of}",
+        Label(
+            name=f"memory-{number}",
+            title=f"Loss against memory{of}",
+            caption=(
+                f"Every run, with each credible model and the 95 % band of its mean, carried to {FAN:g} times"
+                " the largest memory."
+            ),
+            alt=f"Loss against memory on a log axis. {words.memory(fit)}",
+        ),
         Points(x=obs.x[above], y=obs.y[above], seed=obs.seed[above]),
         [curve(m, grid) for m in credible(fit)],
         axis=AXES[fit.size_column],
         without=without,
-        caption=(
-            f"Every run, with each credible model and the 95 % band of its mean, carried to {FAN:g} times the"
-            " largest memory."
-        ),
-        alt=f"Loss against memory on a log axis. {words.memory(fit)}",
     )
 
 
@@ -111,17 +112,19 @@ def _profile(fit: MemoryFit, number: int, of: str) -> Picture | None:
     values = np.linspace(max(left - margin, -WIDEST), min(right + margin, WIDEST), 161)
     statistic, threshold = profile_f(model, values)
     return checkplots.profile(
-        f"alpha-{number}",
-        f"Profile of the exponent α{of}",
+        Label(
+            name=f"alpha-{number}",
+            title=f"Profile of the exponent α{of}",
+            caption=(
+                "Loss is c − b (1 − (M/M_ref)^−α)/α. The data reject no α under the dashed line; α = 0 is a"
+                " straight line in the logarithm of memory, α > 0 a power law."
+            ),
+            alt=f"Profile of the exponent alpha; 95 % interval {interval(low, high)}.",
+        ),
         values,
         statistic,
         threshold,
         axis="exponent α",
         null=0.0,
         null_label="α = 0: log-linear",
-        caption=(
-            "Loss is c − b (1 − (M/M_ref)^−α)/α. The data reject no α under the dashed line; α = 0 is a"
-            " straight line in the logarithm of memory, α > 0 a power law."
-        ),
-        alt=f"Profile of the exponent alpha; 95 % interval {interval(low, high)}.",
     )

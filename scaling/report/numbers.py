@@ -53,3 +53,8 @@ def percent(confidence: float) -> str:
 def plural(count: int, noun: str) -> str:
     """Return "1 run" or "3 runs"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def budget_label(budget: float | None) -> str:
+    """Return how a budget is called throughout the report."""
+    return "one budget" if budget is None else f"C = {significant(budget, 2)} FLOPs"

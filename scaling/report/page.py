@@ -10,9 +10,11 @@ from scaling.report.budgets import across
 from scaling.report.checks import checks
 from scaling.report.data import data
 from scaling.report.document import Block, Bullets, Caution, Facts, Page, Section
+from scaling.report.laws import headline, laws
+from scaling.report.laws import summary as summary_of_laws
 from scaling.report.memories import memories
-from scaling.report.numbers import fixed, interval, plural
-from scaling.report.runs import budget_label, listing
+from scaling.report.numbers import budget_label, fixed, interval, plural
+from scaling.report.runs import listing
 from scaling.report.shares import shares
 
 
@@ -25,6 +27,7 @@ def build(
         shares(study.allocations, study.next_runs) if study.allocations else None,
         *(across(fit, study.allocations) for fit in study.joint),
         memories(study.memories) if study.memories else None,
+        None if study.standard is None else laws(study.standard),
         checks(study.trials, study.budget_trial),
         data(study, context, runs_hash),
         Section(ident="runs", title="Runs", blocks=(listing(study.runs),)),
@@ -43,6 +46,8 @@ def summary(study: Study) -> Section:
     sentences = [f"{words.shape(fit)} {words.optimum(fit)}" for fit in study.allocations]
     sentences += [words.drift(fit) for fit in study.joint]
     sentences += [words.memory(sizes.fit, sizes.budget) for sizes in study.memories]
+    if study.standard is not None:
+        sentences.append(summary_of_laws(study.standard))
     blocks: list[Block] = [Facts(_facts(study)), Bullets((*sentences, *study.unfitted))]
     lost = study.runs.left_out.height
     if lost:
@@ -74,6 +79,8 @@ def _facts(study: Study) -> tuple[tuple[str, str, str], ...]:
     for law in (sizes.fit.power_law for sizes in study.memories[-1:]):
         remark = f"α: 95 % {interval(*law.interval, digits=2)}"
         facts.append(("Loss against memory", law.verdict, remark))
+    if study.standard is not None:
+        facts += headline(study.standard)
     runs = study.runs
     remark = f"of {runs.every.height}; {runs.failed} failed"
     facts.append(("Runs fitted", str(runs.fitted.height), remark))

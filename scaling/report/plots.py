@@ -18,28 +18,28 @@ from scaling.report.drawing import (
     Array,
     Curve,
     Estimate,
+    Label,
     Points,
     bands,
+    finish,
     interval_bar,
     log_ticks,
     raw,
+    ticked,
 )
-from scaling.report.numbers import short
+from scaling.report.numbers import short, significant
 
 NARROWEST = 0.002
 """Least span of losses shown, nats: below the scatter of any training run there is nothing to see."""
 
 
 def allocation(
-    name: str,
-    title: str,
+    label: Label,
     points: Points,
     curves: Sequence[Curve],
     *,
     optimum: Estimate | None,
     plateau: tuple[float, float] | None,
-    caption: str,
-    alt: str,
 ) -> Picture:
     """Draw loss against rho in one budget: seeds, credible models, rho* with its interval, the plateau."""
     with theme.figure(2.7) as (drawn, axes):
@@ -54,21 +54,16 @@ def allocation(
             interval_bar(axes, optimum, low - 0.14 * room, (0.0, 1.0))
         axes.set(xlim=(-0.04, 1.05), ylim=(low - 0.24 * room, high + 0.1 * room), xlabel=SHARE, ylabel=LOSS)
         axes.set_xticks(np.linspace(0, 1, 6))
-        axes.set_title(title)
-        theme.settle(drawn, axes)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label)
 
 
 def memory(
-    name: str,
-    title: str,
+    label: Label,
     points: Points,
     curves: Sequence[Curve],
     *,
     axis: str,
     without: Points | None,
-    caption: str,
-    alt: str,
 ) -> Picture:
     """Draw loss against memory size on a log axis, with the models' fan beyond the largest run.
 
@@ -101,14 +96,10 @@ def memory(
         axes.set_xticks(ticks, labels)
         axes.minorticks_off()
         axes.set(xlabel=axis, ylabel=LOSS)
-        axes.set_title(title)
-        theme.settle(drawn, axes)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label)
 
 
-def overlay(
-    name: str, title: str, points: Sequence[Points], curves: Sequence[Curve], *, caption: str, alt: str
-) -> Picture:
+def overlay(label: Label, points: Sequence[Points], curves: Sequence[Curve]) -> Picture:
     """Draw every budget's loss above its own lowest, in thousandths of a nat, so that only shapes differ."""
     with theme.figure(2.7) as (drawn, axes):
         for number, (cells, curve) in enumerate(zip(points, curves, strict=True)):
@@ -118,20 +109,14 @@ def overlay(
             axes.plot(cells.x, 1e3 * cells.y, theme.MARKERS[number % len(theme.MARKERS)], color=colour, ms=4)
         axes.set(xlim=(-0.04, 1.05), xlabel=SHARE, ylabel="loss above the lowest (0.001 nats)")
         axes.set_xticks(np.linspace(0, 1, 6))
-        axes.set_title(title)
-        theme.settle(drawn, axes)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label)
 
 
 def drift(
-    name: str,
-    title: str,
+    label: Label,
     budgets: Array,
     optima: Sequence[Estimate],
     law: Curve | None,
-    *,
-    caption: str,
-    alt: str,
 ) -> Picture:
     """Draw rho* of each budget with its interval, and the joint law's rho*(C) with its band and forecast."""
     with theme.figure(2.7) as (drawn, axes):
@@ -145,7 +130,7 @@ def drift(
                     largest, right, color=theme.MUTED, alpha=0.09, lw=0, label="beyond the largest budget"
                 )
         for number, (budget, optimum) in enumerate(zip(budgets, optima, strict=True)):
-            label = "ρ* fitted in each budget, 95 %" if number == 0 else None
+            said = "ρ* fitted in each budget, 95 %" if number == 0 else None
             low = 0.0 if optimum.low is None else optimum.low
             high = 1.0 if optimum.high is None else optimum.high
             open_end = optimum.low is None or optimum.high is None
@@ -153,15 +138,11 @@ def drift(
                 [budget, budget], [low, high], color=theme.INK, lw=1.4, ls=":" if open_end else "-", zorder=3
             )
             if optimum.value is not None:
-                axes.plot([budget], [optimum.value], "o", color=theme.INK, label=label, zorder=4)
+                axes.plot([budget], [optimum.value], "o", color=theme.INK, label=said, zorder=4)
         ends = [float(budgets.min()), float(law.x.max()) if law is not None else float(budgets.max())]
-        ticks = log_ticks(*ends)
-        axes.set_xticks(ticks, [f"{t:.0e}".replace("e+", "e") for t in ticks])
-        axes.minorticks_off()
+        ticked(axes, *ends, say=significant)
         axes.set(ylim=_shares(optima, law), xlabel="training compute C (FLOPs)", ylabel="best share ρ*")
-        axes.set_title(title)
-        theme.settle(drawn, axes)
-        return Picture(name=name, svg=theme.to_svg(drawn, alt), alt=alt, caption=caption)
+        return finish(drawn, axes, label)
 
 
 def _shares(optima: Sequence[Estimate], law: Curve | None) -> tuple[float, float]:

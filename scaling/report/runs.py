@@ -11,7 +11,7 @@ import polars as pl
 from scaling.errors import ScalingError, nearest
 from scaling.frame import budget_groups, numbers
 from scaling.report.document import Table
-from scaling.report.numbers import fixed, plural, short, significant
+from scaling.report.numbers import budget_label, fixed, plural, short, significant
 from scaling.schema import BY_NAME
 
 ROWS_SHOWN = 500
@@ -39,9 +39,8 @@ _SHOWN = (
     "mlflow_run",
 )
 _TEXTS = frozenset({"run", "status", "reason", "control", "sweep", "study", "mlflow_run"})
-# What a sweep means to hold equal within a budget; one of memory adds to a fixed backbone.
+# What a sweep of shares means to hold equal within a budget; one of memory adds to a fixed backbone.
 _EQUAL = frozenset({"budget", "tokens", "total_parameters"})
-_MATCHED = {"memory": frozenset({"tokens"})}
 _FACTORS = (
     "budget",
     "tokens",
@@ -114,11 +113,6 @@ def _text(frame: pl.DataFrame, name: str, default: str) -> pl.Expr:
     return pl.col(name).cast(pl.String).fill_null(default)
 
 
-def budget_label(budget: float | None) -> str:
-    """Return how a budget is called throughout the report."""
-    return "one budget" if budget is None else f"C = {significant(budget, 2)} FLOPs"
-
-
 def in_budgets(frame: pl.DataFrame) -> list[tuple[float | None, pl.DataFrame]]:
     """Return the runs of each budget, smallest first, with the budget's median FLOPs (None where unknown)."""
     if "budget" not in frame.columns or frame["budget"].null_count() or frame.is_empty():
@@ -146,12 +140,14 @@ def overview(runs: Runs) -> Table:
         for budget, part in in_budgets(sweep)
     )
     counts = ("runs", "shares ρ", "table sizes", "seeds")
+    columns = ("sweep", "budget", *counts, "parameters", "tokens", "lowest mean loss")
+    said = [place for place in range(len(columns)) if any(line[place] != "–" for line in lines)]
     return Table(
         title="Runs that were fitted",
-        columns=("sweep", "budget", *counts, "parameters", "tokens", "lowest mean loss"),
-        rows=lines,
+        columns=tuple(columns[place] for place in said),
+        rows=tuple(tuple(line[place] for place in said) for line in lines),
         numeric=frozenset(counts),
-        note="Parameters exclude the token embedding and the output head. Losses are in nats per token.",
+        note="Losses are in the unit of column loss: nats per token, unless the data are in another.",
     )
 
 
@@ -196,7 +192,7 @@ def held_fixed(runs: Runs) -> Table:
     """Return what did and did not vary among the fitted runs of each sweep."""
     sweeps = _sweeps(runs.fitted)
     rows = tuple(
-        (name, *(_varied(part, name, _MATCHED.get(sweep, _EQUAL)) for sweep, part in sweeps.items()))
+        (name, *(_varied(part, name, _matched(sweep, part)) for sweep, part in sweeps.items()))
         for name in _FACTORS
     )
     return Table(
@@ -208,6 +204,13 @@ def held_fixed(runs: Runs) -> Table:
             " mismatch of what a budget should hold equal."
         ),
     )
+
+
+def _matched(sweep: str, part: pl.DataFrame) -> frozenset[str]:
+    """Return what a sweep means to hold equal within a budget; one of sizes holds its compute alone."""
+    if sweep == "memory":
+        return frozenset({"tokens"})
+    return _EQUAL if {"rho", "slots", "memory_parameters"} & set(part.columns) else frozenset({"budget"})
 
 
 def _sweeps(fitted: pl.DataFrame) -> dict[str, pl.DataFrame]:

@@ -11,10 +11,9 @@ from scaling.allocation import CREDIBLE, AllocationFit
 from scaling.design import NextRun
 from scaling.report import checkplots, plots, words
 from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
-from scaling.report.drawing import Curve, Estimate, Points
+from scaling.report.drawing import Curve, Estimate, Label, Points
 from scaling.report.models import SCORES, curve, formula, scores, status
-from scaling.report.numbers import fixed, interval, percent, significant
-from scaling.report.runs import budget_label
+from scaling.report.numbers import budget_label, fixed, interval, percent, significant
 from scaling.ushape import UShape
 
 
@@ -119,14 +118,16 @@ def _picture(fit: AllocationFit, number: int) -> Picture:
     if jump:
         caption += " Where a model has a level of its own at ρ = 1, its curve shows the limit from the left."
     return plots.allocation(
-        f"share-{number}",
-        budget_label(fit.budget),
+        Label(
+            name=f"share-{number}",
+            title=budget_label(fit.budget),
+            caption=caption,
+            alt=f"Loss against share. {words.shape(fit)} {words.optimum(fit)}",
+        ),
         Points(x=obs.x, y=obs.y, seed=obs.seed),
         [_below_one(fit, name) for name in best.members],
         optimum=None if unknown else Estimate.of("ρ*", best.rho, best.interval),
         plateau=fit.plateau.interval,
-        caption=caption,
-        alt=f"Loss against share. {words.shape(fit)} {words.optimum(fit)}",
     )
 
 
@@ -149,15 +150,18 @@ def _intervals(fit: AllocationFit, number: int) -> tuple[Picture, ...]:
         return ()
     best = fit.optimum
     drawn = checkplots.forest(
-        f"optimum-{number}",
-        f"ρ* by model, {budget_label(fit.budget)}",
+        Label(
+            name=f"optimum-{number}",
+            title=f"ρ* by model, {budget_label(fit.budget)}",
+            caption=(
+                "95 % profile intervals; an arrow is an end that the data do not bound. The union is over the"
+                " credible models."
+            ),
+            alt=f"The best share in every model. {words.optimum(fit)}",
+        ),
         rows,
         Estimate.of("union", best.rho, best.interval, note="not identified"),
         axis="best share ρ*",
-        caption=(
-            "95 % profile intervals; an arrow is an end that the data do not bound. The union is over the"
-            " credible models."
-        ),
-        alt=f"The best share in every model. {words.optimum(fit)}",
+        within=(0.0, 1.0),
     )
     return (drawn,)

@@ -35,8 +35,8 @@ nav div{max-width:66rem;margin:0 auto;padding:.45rem 1.1rem;display:flex;gap:1.1
 nav a{color:var(--ink);text-decoration:none}
 nav a:hover{color:var(--blue);text-decoration:underline}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.5rem,1fr));gap:1px;
-  margin:1.1rem 0;background:var(--line);border:1px solid var(--line)}
-.facts div{background:var(--paper);padding:.7rem .9rem}
+  margin:1.1rem 1px}
+.facts div{box-shadow:0 0 0 1px var(--line);padding:.7rem .9rem}
 .facts dt{font-size:.8rem;color:var(--muted)}
 .facts dd{margin:0;font-size:1.2rem;font-weight:600;line-height:1.35;font-variant-numeric:tabular-nums}
 .facts dd+dd{font-size:.82rem;font-weight:400;color:var(--muted)}
@@ -80,7 +80,7 @@ footer{color:var(--muted);font-size:.84rem;margin-top:3rem;padding-top:1rem;padd
   table{font-size:7.5pt}
   th{position:static;white-space:normal}
   th,td{padding:.12rem .3rem}
-  td:last-child{overflow-wrap:anywhere}
+  td:last-child{overflow-wrap:break-word}
   figure,.facts,.caution,tr{break-inside:avoid}
   h2,h3{break-after:avoid}
   .pictures{grid-template-columns:1fr 1fr}

@@ -6,13 +6,26 @@ Every claim word comes from the verdict of a test; the test's p value or interva
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from scaling.allocation import AllocationFit
-from scaling.joint import JointFit
-from scaling.memory import MemoryFit
-from scaling.report.numbers import fixed, interval, p_value, percent, plural, short, significant
-from scaling.report.runs import Runs, budget_label
-from scaling.ushape import UShape
+from scaling.report.numbers import (
+    budget_label,
+    fixed,
+    interval,
+    p_value,
+    percent,
+    plural,
+    short,
+    significant,
+)
+
+if TYPE_CHECKING:
+    from scaling.allocation_results import AllocationFit
+    from scaling.joint_results import JointFit
+    from scaling.memory import MemoryFit
+    from scaling.report.runs import Runs
+    from scaling.ushape import UShape
 
 
 def counted(runs: Runs) -> str:
@@ -28,31 +41,69 @@ def counted(runs: Runs) -> str:
     return ", ".join(parts)
 
 
+def _u_shaped(u: UShape) -> str:
+    return (
+        "loss against ρ is U-shaped: that it never rises and that it never falls are both rejected"
+        f" ({p_value(u.p_value)}), and both ends lie above the bottom"
+    )
+
+
+def _inverted(u: UShape) -> str:
+    return (
+        f"loss rises and then falls as ρ grows ({p_value(u.p_inverted)}): the lowest loss is at an end,"
+        " not between them"
+    )
+
+
+def _falling(u: UShape) -> str:
+    return (
+        f"loss falls as ρ grows ({p_value(u.p_no_fall)}) and a rise towards ρ = 1 is not shown"
+        f" ({p_value(u.p_no_rise)}): this is no evidence of an optimum between the ends"
+    )
+
+
+def _rising(u: UShape) -> str:
+    return (
+        f"loss rises as ρ grows ({p_value(u.p_no_rise)}) and a fall from ρ = 0 is not shown"
+        f" ({p_value(u.p_no_fall)}): this is no evidence of an optimum between the ends"
+    )
+
+
+def _neither(u: UShape) -> str:
+    return (
+        "loss against ρ is neither monotone nor a curve with one turn: it goes up and down by more than"
+        f" runs scatter (a valley {p_value(u.p_valley_fit)}, a hill {p_value(u.p_hill_fit)})"
+    )
+
+
+def _flat(u: UShape) -> str:
+    if u.p_flat is None:
+        return _undetermined(u)
+    return (
+        f"no dependence of loss on ρ is seen beyond the scatter of runs ({p_value(u.p_flat)});"
+        " a U smaller than that scatter is not excluded"
+    )
+
+
+def _undetermined(u: UShape) -> str:
+    return f"the shape of loss against ρ is undetermined at this scale: {u.reason}"
+
+
+SHAPES: Mapping[str, Callable[[UShape], str]] = {
+    "U-shaped": _u_shaped,
+    "inverted-U": _inverted,
+    "monotone falling": _falling,
+    "monotone rising": _rising,
+    "neither": _neither,
+    "flat": _flat,
+    "undetermined": _undetermined,
+}
+"""Verdict of `scaling.ushape` -> how it is said."""
+
+
 def shape(fit: AllocationFit) -> str:
     """Say what shape the loss has in rho, in the words of the U test."""
-    u = fit.u_shape
-    at = f"At {budget_label(fit.budget)}"
-    if u.verdict == "U-shaped":
-        return (
-            f"{at} loss against ρ is U-shaped: that it never rises and that it never falls are both"
-            f" rejected ({p_value(u.p_value)}), and both ends lie above the bottom."
-        )
-    if u.verdict == "monotone falling":
-        return (
-            f"{at} loss falls as ρ grows ({p_value(u.p_no_fall)}) and a rise towards ρ = 1 is not shown"
-            f" ({p_value(u.p_no_rise)}): this is no evidence of an optimum between the ends."
-        )
-    if u.verdict == "monotone rising":
-        return (
-            f"{at} loss rises as ρ grows ({p_value(u.p_no_rise)}) and a fall from ρ = 0 is not shown"
-            f" ({p_value(u.p_no_fall)}): this is no evidence of an optimum between the ends."
-        )
-    if u.verdict == "flat" and u.p_flat is not None:
-        return (
-            f"{at} no dependence of loss on ρ is seen beyond the scatter of runs ({p_value(u.p_flat)});"
-            " a U smaller than that scatter is not excluded."
-        )
-    return f"{at} the shape of loss against ρ is undetermined at this scale: {u.reason}."
+    return f"At {budget_label(fit.budget)} {SHAPES[fit.u_shape.verdict](fit.u_shape)}."
 
 
 def verdict(u: UShape) -> str:
@@ -61,9 +112,20 @@ def verdict(u: UShape) -> str:
 
 
 def verdict_p(u: UShape) -> str:
-    """Return the p value that the shape's verdict rests on."""
-    deciding = {"monotone falling": u.p_no_fall, "monotone rising": u.p_no_rise, "flat": u.p_flat}
-    return p_value(deciding.get(u.verdict, u.p_value))
+    """Return the p value that the shape's verdict rests on, by name where it is not that of a U."""
+    match u.verdict:
+        case "monotone falling":
+            return p_value(u.p_no_fall)
+        case "monotone rising":
+            return p_value(u.p_no_rise)
+        case "flat":
+            return p_value(u.p_flat)
+        case "inverted-U":
+            return p_value(u.p_inverted)
+        case "neither":
+            return f"{p_value(u.p_valley_fit)} of a valley"
+        case _:
+            return p_value(u.p_value)
 
 
 def optimum(fit: AllocationFit) -> str:
@@ -127,6 +189,23 @@ def drift(fit: JointFit) -> str:
     return f"{span} whether the best share moves is undetermined: {change}."
 
 
+MEMORIES: Mapping[str, str] = {
+    "power law": "loss follows a power law of memory: {found}, lies above 0",
+    "log-linear not excluded": (
+        "a straight line in the logarithm of memory is not excluded: {found}, holds 0"
+    ),
+    "faster than logarithmic": (
+        "each further decade of memory gains more than the one before: {found}, lies below 0; such a curve"
+        " must not be carried beyond the runs"
+    ),
+    "no effect of memory seen": "no effect of memory on loss is seen: {reason}",
+    "memory hurts": "loss rises with memory: {reason}",
+    "neither": "loss follows no law of memory that is fitted here: {reason}",
+    "undetermined": "the law of memory is undetermined at this scale: {reason}",
+}
+"""Verdict of `scaling.memory` -> how it is said."""
+
+
 def memory(fit: MemoryFit, budget: float | None = None) -> str:
     """Say what the memory sweep shows, in the words of its test of alpha; `budget` tells it from others."""
     law = fit.power_law
@@ -137,17 +216,7 @@ def memory(fit: MemoryFit, budget: float | None = None) -> str:
     span = f"At {short(low)} {size}" if low == high else f"From {short(low)} to {short(high)} {size}{decades}"
     level = f"{percent(fit.models[0].confidence)} interval"
     found = f"α = {significant(law.alpha, 2)}, {level} {interval(*law.interval, digits=2)}"
-    said = {
-        "power law": f"loss follows a power law of memory: {found}, lies above 0",
-        "log-linear not excluded": (
-            f"a straight line in the logarithm of memory is not excluded: {found}, holds 0"
-        ),
-        "faster than logarithmic": (
-            f"each further decade of memory gains more than the one before: {found}, lies below 0;"
-            " such a curve must not be carried beyond the runs"
-        ),
-        "no effect of memory seen": f"no effect of memory on loss is seen: {law.reason}",
-    }.get(law.verdict, f"the law of memory is undetermined at this scale: {law.reason}")
+    said = MEMORIES[law.verdict].format(found=found, reason=law.reason)
     at = "" if budget is None else f"At {budget_label(budget)}: "
     return f"{at}{span} {said}.{_ten_times(fit)}"
 

@@ -101,6 +101,7 @@ def to_dict(study: Study) -> dict[str, Any]:
         "allocation": [fit.to_dict() for fit in study.allocations],
         "joint": [fit.to_dict() for fit in study.joint],
         "memory": [{"budget": sizes.budget, **sizes.fit.to_dict()} for sizes in study.memories],
+        "standard": None if study.standard is None else study.standard.to_dict(),
         "checks": [trial.to_dict() for trial in study.trials],
         "budget_checks": None if study.budget_trial is None else study.budget_trial.to_dict(),
         "next_runs": [run.to_dict() for run in study.next_runs],

@@ -1,4 +1,4 @@
-"""Reading files as people have them: separators, marks, packing, spellings, and the words when one is wrong."""
+"""Files as people have them: separators, marks, packing, spellings, and the words when one is wrong."""
 
 import gzip
 import json

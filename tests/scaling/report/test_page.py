@@ -34,14 +34,16 @@ def picture(name: str = "share") -> Picture:
     x = np.linspace(0, 1, 20)
     curve = drawing.Curve(name="quadratic", x=x, mean=3 + (x - 0.7) ** 2, low=3 + 0 * x, high=3.5 + 0 * x)
     return plots.allocation(
-        name,
-        "C = 1e15 FLOPs",
+        drawing.Label(
+            name=name,
+            title="C = 1e15 FLOPs",
+            caption=NASTY,
+            alt=NASTY,
+        ),
         points,
         [curve],
         optimum=drawing.Estimate(name="union", value=0.7, low=0.6, high=None),
         plateau=(0.6, 0.8),
-        caption=NASTY,
-        alt=NASTY,
     )
 
 
@@ -159,7 +161,18 @@ def test_an_interval_without_an_upper_end_is_drawn_as_an_arrow() -> None:
     def markers(high: float | None) -> int:
         bar = drawing.Estimate(name="a", value=0.5, low=0.4, high=high)
         union = drawing.Estimate(name="union", value=0.5, low=0.4, high=0.6)
-        drawn = checkplots.forest("f", "t", [bar], union, axis="x", caption="", alt="")
+        drawn = checkplots.forest(
+            drawing.Label(
+                name="f",
+                title="t",
+                caption="",
+                alt="",
+            ),
+            [bar],
+            union,
+            axis="x",
+            within=(0.0, 1.0),
+        )
         return len(re.findall(r"<use [^>]*#0072b2", drawn.svg))
 
     assert (markers(0.6), markers(None)) == (1, 2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_up_runs import allocation_rows, memory_rows, smooth, study
 
+import scaling
 from scaling import fit_allocation, fit_joint, fit_memory
 from scaling.frame import read
 from scaling.report import words
@@ -19,6 +22,47 @@ from scaling.report.document import Facts
 from scaling.report.memories import models as memory_models
 from scaling.report.page import summary
 from scaling.report.shares import evidence, models
+
+
+def codes(module: str) -> set[str]:
+    """Every text that a module's source gives as a verdict, as a keyword or to a name."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((Path(scaling.__file__).parent / f"{module}.py").read_text())):
+        value = None
+        if (isinstance(node, ast.keyword) and node.arg == "verdict") or (
+            isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "verdict" for t in node.targets)
+        ):
+            value = node.value
+        if value is not None:
+            inner = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant)]
+            found |= {text for text in inner if isinstance(text, str)}
+    return found
+
+
+@pytest.mark.parametrize(("module", "said"), [("ushape", words.SHAPES), ("memory", words.MEMORIES)])
+def test_every_verdict_that_a_test_can_give_has_its_words(module: str, said: dict[str, object]) -> None:
+    found = codes(module)
+    assert len(found) >= 5
+    assert found <= set(said)
+
+
+@pytest.mark.parametrize("code", words.SHAPES)
+def test_a_u_is_claimed_by_its_own_verdict_alone(code: str) -> None:
+    fit = fit_allocation(study(allocation_rows("u")))
+    turned = replace(fit, u_shape=replace(fit.u_shape, verdict=code, reason="A REASON"))
+    said = words.shape(turned)
+    assert ("is U-shaped" in said) == (code == "U-shaped")
+    assert said.endswith(".")
+    assert words.verdict_p(turned.u_shape).startswith("p ")
+
+
+@pytest.mark.parametrize("code", words.MEMORIES)
+def test_a_power_law_is_claimed_by_its_own_verdict_alone(code: str) -> None:
+    fit = fit_memory(study(memory_rows()))
+    said = words.memory(replace(fit, power_law=replace(fit.power_law, verdict=code, reason="A REASON")))
+    assert ("follows a power law" in said) == (code == "power law")
+    assert "{" not in said
+
 
 SHAPES = st.sampled_from(["u", "flat", "falling", "rising"])
 SLOW = settings(
