@@ -56,7 +56,8 @@ def test_every_preset_learns(name, streams):
 
 
 def _qwen(streams=3):
-    modeling = pytest.importorskip("transformers.models.qwen4_exp.modeling_qwen4_exp")
+    from transformers.models.qwen4_exp import modeling_qwen4_exp as modeling  # takes seconds to import
+
     settings = SimpleNamespace(
         hidden_size=24,
         hc_count=streams,
@@ -76,7 +77,7 @@ def _qwen(streams=3):
 
 
 def test_parity_with_transformers_addresses_and_module():
-    """Copied weights, every stream, addresses included; runs where transformers has qwen4_exp."""
+    """Copied weights, every stream, addresses included."""
     streams = 3
     theirs = _qwen(streams)
     config = replace(QWEN_PLE.engram, layers=(0, 2), heads=4, row_dim=4, rows_per_head=500)
