@@ -89,9 +89,7 @@ _SWEEP_5_7B = replace(
     attention=replace(_MOE_27B.attention, n_heads=16),
     ffn=replace(_MOE_27B.ffn, experts=106, expert_hidden=1216),
 )
-_SWEEP_9_9B = replace(
-    _SWEEP_5_7B, n_layers=18, ffn=replace(_SWEEP_5_7B.ffn, experts=99, expert_hidden=1472)
-)
+_SWEEP_9_9B = replace(_SWEEP_5_7B, n_layers=18, ffn=replace(_SWEEP_5_7B.ffn, experts=99, expert_hidden=1472))
 _MEMORY_3B = replace(_SWEEP_5_7B, ffn=replace(_SWEEP_5_7B.ffn, experts=54))
 
 PUBLISHED: Mapping[str, PublishedModel] = MappingProxyType(

@@ -117,7 +117,9 @@ def fit_rows_in_steps(config: EngramConfig, rows: int, step: int) -> EngramConfi
     def sized(number: int) -> EngramConfig:
         return replace(config, rows_per_head=max(number, 1) * step)
 
-    above = bisect_left(range(rows // step + 2), rows, lo=1, key=lambda number: sum(table_rows(sized(number))))
+    above = bisect_left(
+        range(rows // step + 2), rows, lo=1, key=lambda number: sum(table_rows(sized(number)))
+    )
     return min(map(sized, (above - 1, above)), key=lambda memory: abs(sum(table_rows(memory)) - rows))
 
 
