@@ -140,9 +140,9 @@ class MemoryHealth(Callback):
             return
         numbers = memory_health(pl_module.net, self._batch["ids"], self._batch["addresses"])
         for index, layer in enumerate(pl_module.net.config.engram.layers):  # type: ignore[union-attr]
-            touched = pl_module.get_buffer(f"touched_{index}")
-            if len(touched):
-                numbers[f"memory/layer{layer}/populated_rows"] = touched.float().mean().item()
+            populated = pl_module.populated_rows(index)
+            if populated is not None:
+                numbers[f"memory/layer{layer}/populated_rows"] = populated
         trainer.logger.log_metrics(numbers, step=trainer.global_step)
         self._batch = None
 
@@ -184,12 +184,19 @@ class Checkpoints(Checkpoint):
         every: optimizer steps between checkpoints.
         evaluate_every: optimizer steps between evaluations, or None.
         request: says when to stop.
+        committed: called once a checkpoint is in place of the one before.
     """
 
     def __init__(
-        self, directory: Path, *, every: int, evaluate_every: int | None, request: StopRequest
+        self,
+        directory: Path,
+        *,
+        every: int,
+        evaluate_every: int | None,
+        request: StopRequest,
+        committed: Callable[[], None] | None = None,
     ) -> None:
-        self.directory, self.request = directory, request
+        self.directory, self.request, self.committed = directory, request, committed
         self.every, self.evaluate_every = every, evaluate_every
 
     def on_train_batch_end(
@@ -222,3 +229,5 @@ class Checkpoints(Checkpoint):
             for file in self.directory.glob("*.ckpt"):
                 if file != newest:
                     file.unlink()
+        if self.committed is not None:
+            self.committed()

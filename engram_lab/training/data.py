@@ -16,10 +16,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from engram_lab.errors import UserError
+from engram_lab.training.ahead import AnnouncingLoader
 
 if TYPE_CHECKING:
     from engram_lab.model.hashing import NgramHash
     from engram_lab.text import TokenCorpus
+    from engram_lab.training.rows import TableRows
 
 Batch = dict[str, torch.Tensor]
 
@@ -148,6 +150,12 @@ class ResumableLoader(DataLoader[Batch]):
         super().__init__(windows, batch_size=None, sampler=FromBatch(batches), **options)
         self._trained = trained
 
+    @property
+    def first(self) -> int:
+        """The batch that comes first."""
+        assert isinstance(self.sampler, FromBatch)
+        return self.sampler.first
+
     def state_dict(self) -> dict[str, int]:
         """Batches that have been trained on."""
         return {"batches": self._trained()}
@@ -166,15 +174,24 @@ class EngramDataModule(LightningDataModule):
         corpus: the opened token shards.
         hash: the n-gram hash of the network's memories, or None.
         seed: fixes the order of the windows.
+        rows: is told the addresses of coming steps, where table rows live in a store.
 
     Raises:
         UserError: when the corpus holds fewer tokens than the run asks for, or less than one validation
             window.
     """
 
-    def __init__(self, config: DataConfig, corpus: TokenCorpus, hash: NgramHash | None, *, seed: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        corpus: TokenCorpus,
+        hash: NgramHash | None,
+        *,
+        seed: int,
+        rows: TableRows | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.corpus, self.hash, self.seed = config, corpus, hash, seed
+        self.config, self.corpus, self.hash, self.seed, self.rows = config, corpus, hash, seed, rows
         available = (len(corpus.train) - 1) // config.sequence_length
         wanted = config.steps * config.batch_size
         if wanted > available and not config.repeat:
@@ -227,17 +244,24 @@ class EngramDataModule(LightningDataModule):
         workers = self.config.num_workers
         return {"num_workers": workers, "persistent_workers": False, "pin_memory": torch.cuda.is_available()}
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Micro-batches {ids, targets [B, T], addresses [M, B, T, H]} of this device."""
+    def train_dataloader(self) -> ResumableLoader | AnnouncingLoader:
+        """Micro-batches {ids, targets [B, T], addresses [M, B, T, H]} of this device, or, with rows in a
+        store, announced to it (training/ahead.py).
+        """
         trainer = self.trainer
         assert trainer is not None
         accumulated = trainer.accumulate_grad_batches
         windows = self._windows(self.corpus.train, self.training_starts(), accumulated)
-        return ResumableLoader(
+        loader = ResumableLoader(
             windows,
             batches=self.config.steps * accumulated,
             trained=lambda: trainer.global_step * accumulated,
             **self._loader_options(),
+        )
+        if self.rows is None:
+            return loader
+        return AnnouncingLoader(
+            loader, self.rows.announce, micro_batches=accumulated, depth=self.rows.config.depth
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:

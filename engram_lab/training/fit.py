@@ -32,6 +32,7 @@ from engram_lab.training.callbacks import (
 )
 from engram_lab.training.data import EngramDataModule
 from engram_lab.training.module import EngramModule
+from engram_lab.training.rows import TableRows
 from engram_lab.training.trainer import build_trainer
 
 
@@ -120,8 +121,23 @@ def fit(
     hash = None
     if engram is not None:
         hash = NgramHash.build(engram, corpus.canonical, corpus.vocab_size, corpus.eos_id)
-    module = EngramModule(network, recipe.optimizer, corpus, total_steps=config.steps, seed=recipe.seed)
-    data = EngramDataModule(config, corpus, hash, seed=recipe.seed)
+    log_every = recipe.trainer.get("log_every_n_steps") or 10
+    rows = None
+    if engram is not None and engram.n_heads and recipe.memory.by_record:
+        rows = TableRows(
+            recipe.memory,
+            engram,
+            recipe.optimizer,
+            total_steps=config.steps,
+            seed=recipe.seed,
+            directory=directory,
+            identity=run.identity,
+            every=log_every,
+        )
+    module = EngramModule(
+        network, recipe.optimizer, corpus, total_steps=config.steps, seed=recipe.seed, rows=rows
+    )
+    data = EngramDataModule(config, corpus, hash, seed=recipe.seed, rows=rows)
     interval = -(-config.steps // (config.evaluations + 1)) if config.evaluations else None
     before = _seconds_so_far(directory)
     started = time.perf_counter()
@@ -132,11 +148,12 @@ def fit(
             evaluate_every=interval,
             callbacks=[
                 StepLog(
-                    every=recipe.trainer.get("log_every_n_steps") or 10,
+                    every=log_every,
                     steps=config.steps,
                     tokens_per_step=config.tokens_per_step,
                     observer=observer,
                 ),
+                *([] if rows is None else [rows]),
                 MemoryHealth(),
                 FlushBeforeCheckpoint(),
                 Checkpoints(
@@ -144,6 +161,7 @@ def fit(
                     every=recipe.checkpoint_every_n_steps,
                     evaluate_every=interval,
                     request=stop,
+                    committed=None if rows is None else rows.committed,
                 ),
             ],
             logger=record.logger() if record is not None else None,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from engram_lab.model.config import ModelConfig
     from engram_lab.text import TokenCorpus
     from engram_lab.training.data import Batch
+    from engram_lab.training.rows import TableRows
 
 
 class Diverged(Exception):
@@ -34,6 +35,7 @@ class EngramModule(LightningModule):
         total_steps: optimizer steps of the run; the schedule ends there.
         seed: fixes the initial weights; parameters of equal name and shape start equal in every cell of a
             study.
+        rows: the tables' rows, where they live in a store rather than in this module.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class EngramModule(LightningModule):
         *,
         total_steps: int,
         seed: int,
+        rows: TableRows | None = None,
     ) -> None:
         super().__init__()
         self.network, self.optimizer_config, self.total_steps, self.seed = (
@@ -53,13 +56,21 @@ class EngramModule(LightningModule):
             seed,
         )
         self.nats_per_bit_of_text = math.log(2) * corpus.validation_bytes_per_token
-        self.net = Transformer(network, canonical=torch.tensor(corpus.canonical), eos_id=corpus.eos_id)
+        self.rows = rows
+        self.net = Transformer(
+            network,
+            canonical=torch.tensor(corpus.canonical),
+            eos_id=corpus.eos_id,
+            tables=None if rows is None else rows.tables,
+        )
         initialise(self.net, seed)
-        for index, table in enumerate(self.net.tables):
-            rows = len(cast(Tensor, table.weight))
-            self.register_buffer(f"touched_{index}", torch.zeros(rows, dtype=torch.bool))  # read in training
+        if rows is None:
+            for index, table in enumerate(self.net.tables):
+                read = torch.zeros(len(cast(Tensor, table.weight)), dtype=torch.bool)
+                self.register_buffer(f"touched_{index}", read)  # rows read in training
         self.val_loss = MeanMetric().set_dtype(torch.float64)
         self.gradient_norm = torch.tensor(0.0)
+        self.row_scale = torch.tensor(1.0)
         self.evaluated: tuple[int, dict[str, float]] | None = None  # step and numbers of the last evaluation
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
@@ -73,6 +84,8 @@ class EngramModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean next-token cross-entropy of the micro-batch, in nats."""
+        if self.rows is not None:
+            return self.net.loss(batch["ids"], batch["targets"], readings=self.rows.reading(batch))
         addresses = batch.get("addresses")
         if addresses is not None:
             for index in range(len(self.net.tables)):
@@ -84,15 +97,32 @@ class EngramModule(LightningModule):
     ) -> None:
         """Clip the norm over all parameters, tables included, and keep it for the log."""
         limit = self.optimizer_config.gradient_clip or math.inf
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+        if self.rows is None:
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+            return
+        pipeline = self.rows.pipeline
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        norms = torch.stack([torch.nn.utils.get_total_norm(gradients), pipeline.gradients().norm()])
+        self.gradient_norm = norms.norm()
+        torch.nn.utils.clip_grads_with_norm_(self.net.parameters(), limit, self.gradient_norm)
+        self.row_scale = torch.clamp(limit / (self.gradient_norm + 1e-6), max=1.0)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then balance the experts by the tokens they received since the last step on all devices."""
         super().optimizer_step(*args, **kwargs)
+        if self.rows is not None:
+            self.rows.pipeline.commit(self.row_scale)
         if self.trainer.world_size > 1:
             for counts in self.net.router_counts():
                 torch.distributed.all_reduce(counts)
         self.net.update_router_bias()
+
+    def populated_rows(self, memory: int) -> float | None:
+        """Share of a memory's rows that training has read; None where it has none."""
+        if self.rows is not None:
+            return self.rows.populated(memory)
+        touched = self.get_buffer(f"touched_{memory}")
+        return touched.float().mean().item() if len(touched) else None
 
     def check_finite(self, loss: Tensor, step: int) -> float:
         """Return the loss as a number, or raise `Diverged`."""

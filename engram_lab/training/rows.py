@@ -1,0 +1,202 @@
+"""Table rows in a store, as a run sees them: opened when training starts, served, saved and counted.
+
+The run does not ask where rows live: this callback builds the store of the recipe's tier, lets the
+pipeline serve it, saves the rows that changed with every checkpoint, and logs what their travel costs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from engram_lab.errors import UserError
+from engram_lab.memory.config import MemoryConfig
+from engram_lab.memory.far import FarTable
+from engram_lab.memory.host import HostStore
+from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.pipeline import RowPipeline
+from engram_lab.memory.row_checkpoint import Manifest, RowCheckpoints
+from engram_lab.memory.row_optimizer import RowOptimizer
+from engram_lab.memory.stores import DeviceStore, RowStore
+from engram_lab.model.engram import EngramConfig
+from engram_lab.model.hashing import table_rows
+from engram_lab.model.initialise import initial_rows
+from engram_lab.training.optimizer import OptimizerConfig, lr_multiplier
+from engram_lab.training.sinkhorn import MOMENTUM
+
+STATE = "table_rows"
+
+
+class TableRows(Callback):
+    """The rows of all memories of one run.
+
+    Args:
+        config: tier and formats.
+        engram: which memories there are.
+        optimizer: rule and rates of the tables.
+        total_steps: optimizer steps of the run.
+        seed: fixes the initial rows and the random rounding.
+        directory: the run's folder.
+        identity: the run's identity, by which its files are known.
+        every: optimizer steps between log lines.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        engram: EngramConfig,
+        optimizer: OptimizerConfig,
+        *,
+        total_steps: int,
+        seed: int,
+        directory: Path,
+        identity: str,
+        every: int,
+    ) -> None:
+        self.config, self.engram, self.optimizer = config, engram, optimizer
+        self.total_steps, self.seed, self.identity, self.every = total_steps, seed, identity, every
+        self.directory = directory
+        self.first_row = [0, *itertools.accumulate(table_rows(engram))]  # and, last, the number of rows
+        self.layout = RecordLayout(
+            row_dim=engram.row_dim,
+            weights=config.rows,
+            rule=None if engram.frozen_table else optimizer.table_optimizer,
+            state=config.state,
+        )
+        self.tables = nn.ModuleList(FarTable(memory) for memory in range(len(engram.layers)))
+        self.checkpoints = RowCheckpoints(directory / "rows", self.layout, identity)
+        self._pipeline: RowPipeline | None = None
+        self._manifests: list[Manifest] = []
+
+    @property
+    def pipeline(self) -> RowPipeline:
+        """The rows' travel; there once training has started."""
+        assert self._pipeline is not None
+        return self._pipeline
+
+    @property
+    def announce(self) -> Callable[[int, list[Tensor]], None]:
+        """Takes the addresses of coming steps."""
+        return self.pipeline.announce
+
+    def reading(self, batch: dict[str, Any]) -> Tensor:
+        """Return what the memories read in an announced micro-batch, [M, B, T, H * U]."""
+        if batch["micro_batch"] == 0:
+            self.pipeline.begin(batch["step"])
+        return self.pipeline.reading(batch["micro_batch"])
+
+    def populated(self, memory: int) -> float:
+        """Share of a memory's rows that training has read."""
+        return self.pipeline.touched.share(self.first_row[memory], self.first_row[memory + 1])
+
+    @cached_property
+    def rates(self) -> Callable[[int], float]:
+        """The tables' learning rate at an optimizer step, from 1 on."""
+        base = self.optimizer.learning_rate * self.optimizer.table_lr_multiplier
+        multiplier = lr_multiplier(self.optimizer, self.total_steps)
+        return lambda step: base * multiplier(step - 1)
+
+    def initial(self, first: int, count: int, out: Tensor) -> None:
+        """Write the records of rows `first` to `first + count` as they are before training."""
+        for memory, start in enumerate(self.first_row[:-1]):
+            low, high = max(first, start), min(first + count, self.first_row[memory + 1])
+            if low < high:
+                weights = torch.empty(high - low, self.engram.row_dim)
+                initial_rows(self.seed, memory, low - start, weights)
+                self.layout.encode(weights, out[low - first : high - first])
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note which rows belong to the checkpoint; the store is opened later."""
+        if STATE not in checkpoint:
+            raise UserError(
+                "the run's checkpoint was written with memory.tier resident, whose table trains as one dense "
+                "parameter; go on with that, or delete the run's folder to train it anew."
+            )
+        self._manifests = checkpoint[STATE]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the store, bring it to where the run stands, and begin to serve it."""
+        device = trainer.strategy.root_device
+        store = self._open(device)
+        optimizer = None
+        if self.layout.rule is not None:
+            optimizer = RowOptimizer(
+                self.layout,
+                betas=self.optimizer.betas,
+                eps=self.optimizer.eps,
+                momentum=MOMENTUM,
+                rates=self.rates,
+                seed=self.seed,
+                first_row=self.first_row[:-1],
+            )
+        self._pipeline = RowPipeline(
+            store,
+            self.layout,
+            optimizer,
+            self.first_row[:-1],
+            device=device,
+            storage=self.engram.row_storage,
+            committed=max((m["step"] for m in self._manifests), default=0),
+        )
+        self._pipeline.touched.mark(self.checkpoints.restore(self._manifests, store, self.initial))
+        self._pipeline.touched.take_recent()
+        for table in self.tables:
+            assert isinstance(table, FarTable)
+            table.connect(self._pipeline)
+
+    def _open(self, device: torch.device) -> RowStore:
+        rows, size, threads = self.first_row[-1], self.layout.record_bytes, self.config.threads
+        if self.config.tier == "resident":
+            return DeviceStore(rows, size, device)
+        if self.config.tier == "host":
+            return HostStore(rows, size, threads=threads)
+        raise NotImplementedError
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the rows that changed since the last checkpoint under its step."""
+        self.pipeline.flush()
+        recent = self.pipeline.touched.take_recent()
+        self._manifests = [self.checkpoints.save(trainer.global_step, self.pipeline.store, recent)]
+        checkpoint[STATE] = self._manifests
+
+    def committed(self) -> None:
+        """Delete the files of rows that the checkpoint just put in place needs no more."""
+        self.checkpoints.committed(self._manifests, self.pipeline.store)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what the rows' travel cost a step, at every `every`-th optimizer step and at the last."""
+        step = trainer.global_step
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if trainer.logger is None or not stepped or (step % self.every and step != self.total_steps):
+            return
+        e = self.pipeline.take_economy()
+        if e.steps:
+            trainer.logger.log_metrics(
+                {
+                    "rows/unique": e.unique / e.steps,
+                    "rows/unique_share": e.unique / e.reads,
+                    "rows/repeated_share": e.repeated / e.unique,
+                    "rows/bytes_moved": e.bytes_moved / e.steps,
+                    "rows/wait_seconds": e.waited / e.steps,
+                    "train/lr_tables": self.rates(step),
+                },
+                step=step,
+            )
+
+    def close(self) -> None:
+        """Let updates under way land, and end threads, memory and files."""
+        if self._pipeline is not None:
+            self._pipeline.close()

@@ -1,0 +1,88 @@
+"""A run trains the same wherever its table rows live, through evaluations, accumulation, stops and kills."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engram_lab.recipe import Recipe
+from engram_lab.training.callbacks import Progress, StopRequest
+from engram_lab.training.run import train
+
+RESIDENT = {"unique_rows": True}
+
+
+def recipe(tiny: dict[str, Any], folder: Path, memory: dict[str, Any], **overrides: Any) -> Recipe:
+    tracking = {"uri": f"sqlite:///{folder}/mlflow.db", "directory": str(folder)}
+    values = {**tiny, "memory": memory, "tracking": tracking}
+    return Recipe.from_dict(values).override(overrides)
+
+
+def losses(recipe: Recipe, stop: StopRequest | None = None, stop_at: int | None = None) -> list[float]:
+    """The training loss of every step."""
+    seen: list[float] = []
+
+    def observe(progress: Progress) -> None:
+        if progress.loss == progress.loss:
+            seen.append(progress.loss)
+        if stop is not None and progress.step == stop_at:
+            stop.reason = "the test"
+
+    result = train(recipe, observer=observe, stop=stop, progress_bar=False)
+    return [*seen, result.loss]
+
+
+@pytest.mark.parametrize("rule", ["adam", "adagrad", "sinkhorn"])
+def test_host_equals_resident_bit_for_bit(tiny: dict[str, Any], tmp_path: Path, rule: str) -> None:
+    options = {"optimizer.table_optimizer": rule, "trainer.accumulate_grad_batches": 2}
+    resident = losses(recipe(tiny, tmp_path / "resident", RESIDENT, **options))
+    host = losses(recipe(tiny, tmp_path / "host", {"tier": "host", "depth": 3}, **options))
+    assert host == resident
+    assert len(host) == 25
+
+
+def test_unique_rows_train_as_the_dense_table_does(tiny: dict[str, Any], tmp_path: Path) -> None:
+    dense = losses(recipe(tiny, tmp_path / "dense", {}))
+    rows = losses(recipe(tiny, tmp_path / "rows", RESIDENT))
+    assert rows == pytest.approx(dense, abs=2e-4)
+
+
+@pytest.mark.parametrize("memory", [RESIDENT, {"tier": "host"}], ids=["resident", "host"])
+def test_a_stopped_run_goes_on_exactly(tiny: dict[str, Any], tmp_path: Path, memory: dict[str, Any]) -> None:
+    whole = losses(recipe(tiny, tmp_path / "whole", RESIDENT))
+    again = recipe(tiny, tmp_path / "again", memory)
+    seen: list[float] = []
+    for stop_at in (4, 11, 17):
+        stop = StopRequest()
+        with pytest.raises(KeyboardInterrupt):
+            losses(again, stop, stop_at)
+    seen = losses(again)
+    assert seen == whole[-len(seen) :]
+    assert len(seen) == 8
+
+
+def test_a_run_may_move_to_another_tier(tiny: dict[str, Any], tmp_path: Path) -> None:
+    whole = losses(recipe(tiny, tmp_path / "whole", RESIDENT))
+    stop = StopRequest()
+    with pytest.raises(KeyboardInterrupt):
+        losses(recipe(tiny, tmp_path / "run", {"tier": "host"}), stop, 10)
+    seen = losses(recipe(tiny, tmp_path / "run", RESIDENT))
+    assert seen == whole[-len(seen) :]
+
+
+def test_formats_are_part_of_the_run_and_tiers_are_not(tiny: dict[str, Any], tmp_path: Path) -> None:
+    from engram_lab.recipe import resolve
+    from engram_lab.text import prepare
+
+    base = Recipe.from_dict(tiny)
+    corpus = prepare(base.text)
+
+    def identity(**memory: Any) -> str:
+        return resolve(replace(base, memory=replace(base.memory, **memory)), corpus).identity
+
+    assert identity() == identity(tier="host", depth=5, threads=1) == identity(unique_rows=True)
+    assert identity(tier="host", rows="bfloat16") != identity()
+    assert identity(tier="host", state="bfloat16") != identity(tier="host", rows="bfloat16")
