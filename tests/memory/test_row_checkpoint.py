@@ -1,0 +1,579 @@
+"""A table comes back bit for bit from its saved rows, whatever happened to process, files and ranks."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from engram_lab.errors import UserError
+from engram_lab.memory import row_checkpoint, row_file
+from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.row_checkpoint import RowCheckpoints
+from engram_lab.memory.stores import DeviceStore, RowStore
+
+LAYOUT = RecordLayout(row_dim=3, alignment=16)
+ROWS = 1000
+FINGERPRINT = "hash 1, table abc, seed 0"
+
+
+class LoggedStore(DeviceStore):
+    """A table that outlives the run: rows are kept, and with them a log of what was written."""
+
+    def __init__(self, rows: int, record_bytes: int) -> None:
+        super().__init__(rows, record_bytes)
+        self.records.random_(0, 256)  # whatever the file held
+        self.log: list[str | Tensor | None] = [None]
+        self.written = 0
+
+    def write(self, ids: Tensor, records: Tensor) -> None:
+        self.log.append(ids.clone())
+        super().write(ids, records)
+        self.written += len(ids)
+
+    def mark(self, checkpoint: str) -> None:
+        self.log.append(checkpoint)
+
+    def start_log(self, checkpoint: str | None) -> None:
+        self.log = [checkpoint]
+
+    def written_since(self, checkpoints: Collection[str]) -> Tensor | None:
+        marks = [i for i, entry in enumerate(self.log) if isinstance(entry, str) and entry in checkpoints]
+        if not marks:
+            return None
+        ids = [entry for entry in self.log[marks[0] :] if isinstance(entry, Tensor)]
+        return torch.cat([*ids, torch.empty(0, dtype=torch.int64)]).unique()
+
+
+def initial(first: int, count: int, out: Tensor) -> None:
+    """Different for every row, and expensive to get wrong: depends on the row's number alone."""
+    weights = torch.arange(first, first + count).float()[:, None] * torch.tensor([1.0, -0.5, 0.25])
+    LAYOUT_OF[out.shape[1]].encode(weights, out)
+
+
+LAYOUT_OF = {
+    layout.record_bytes: layout for layout in (replace(LAYOUT, alignment=a) for a in (4, 16, 64, 256))
+}
+
+
+def new_store(layout: RecordLayout = LAYOUT) -> DeviceStore:
+    store = DeviceStore(ROWS, layout.record_bytes)
+    store.records.random_(0, 256)
+    return store
+
+
+def checkpoints(
+    folder: Path, layout: RecordLayout = LAYOUT, fingerprint: str = FINGERPRINT
+) -> RowCheckpoints:
+    return RowCheckpoints(folder, layout, fingerprint)
+
+
+def started(folder: Path, store: RowStore) -> RowCheckpoints:
+    rows = checkpoints(folder)
+    rows.restore([], store, initial)
+    return rows
+
+
+def touch(store: RowStore, ids: Tensor, seed: int, layout: RecordLayout = LAYOUT) -> None:
+    """Fill all fields with values that depend on row and seed; padding stays zero, as in training."""
+    records = torch.zeros(len(ids), store.record_bytes, dtype=torch.uint8)
+    for number, part in enumerate(layout.fields(records).values()):
+        words = (ids[:, None] * 31 + torch.arange(part.shape[1]) * 7 + seed * 101 + number) % 1021
+        part.copy_(words.to(part.dtype))
+    store.write(ids, records)
+
+
+def content(store: RowStore) -> Tensor:
+    out = torch.empty(store.rows, store.record_bytes, dtype=torch.uint8)
+    store.read(torch.arange(store.rows), out)
+    return out
+
+
+def row_files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if "rows" in p.name and p.is_file())
+
+
+def refusal(action: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        action()
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+def some_rows(seed: int, count: int = 100) -> Tensor:
+    chosen = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))[:count]
+    return chosen.sort().values
+
+
+def test_a_row_is_as_in_the_newest_file_or_as_drawn(tmp_path: Path) -> None:
+    store = new_store()
+    rows = started(tmp_path, store)
+    begin = content(store)
+    manifest = rows.save(0, store, torch.empty(0, dtype=torch.int64))
+    assert manifest["files"] == []
+    for step, ids in ((5, some_rows(0)), (9, some_rows(1))):
+        touch(store, ids, step)
+        manifest = rows.save(step, store, ids)
+        assert json.loads(json.dumps(manifest)) == manifest
+    expected = content(store)
+    untouched = torch.ones(ROWS, dtype=torch.bool)
+    untouched[torch.cat([some_rows(0), some_rows(1)])] = False
+    assert torch.equal(expected[untouched], begin[untouched])
+    again = new_store()
+    touched = checkpoints(tmp_path).restore([manifest], again, initial)
+    assert torch.equal(content(again), expected)
+    assert torch.equal(touched, torch.cat([some_rows(0), some_rows(1)]).unique())
+
+
+def test_records_of_many_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_file, "CHUNK", 700)
+    store = new_store()
+    rows = started(tmp_path, store)
+    touch(store, some_rows(0, 333), 1)
+    manifest = rows.save(1, store, some_rows(0, 333))
+    monkeypatch.setattr(row_file, "CHUNK", 64 << 20)  # files say themselves how they are cut
+    again = new_store()
+    checkpoints(tmp_path).restore([manifest], again, initial)
+    assert torch.equal(content(again), content(store))
+
+
+@pytest.mark.parametrize("alignment", [4, 64, 256])
+def test_another_alignment_reads_the_same_rows(tmp_path: Path, alignment: int) -> None:
+    store = new_store()
+    rows = started(tmp_path, store)
+    touch(store, some_rows(0), 3)
+    manifest = rows.save(3, store, some_rows(0))
+    other = replace(LAYOUT, alignment=alignment)
+    again = new_store(other)
+    checkpoints(tmp_path, other).restore([manifest], again, initial)
+    expected, found = LAYOUT.fields(content(store)), other.fields(content(again))
+    for name, values in expected.items():
+        assert torch.equal(found[name], values), name
+    at = list(other.places.values())[-1]
+    assert (content(again)[:, at.offset + at.width * at.dtype.itemsize :] == 0).all(), "padding is zero"
+
+
+class Part:
+    """Every third row of a table, by the numbers they have in it."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.rows, self.record_bytes, self.device = ROWS, LAYOUT.record_bytes, torch.device("cpu")
+        self.store = new_store()
+
+    def owns(self, ids: Tensor) -> Tensor:
+        return ids % self.ranks == self.rank
+
+    def read(self, ids: Tensor, out: Tensor) -> None:
+        assert self.owns(ids).all()
+        self.store.read(ids, out)
+
+    def write(self, ids: Tensor, records: Tensor) -> None:
+        mine = self.owns(ids)
+        self.store.write(ids[mine], records[mine])
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(0, 1 << 20))
+@settings(max_examples=8, deadline=None)
+def test_any_number_of_ranks_goes_on_with_the_rows_of_any_other(worlds: list[int], seed: int) -> None:
+    """Ranks save their own rows; a run goes on with other numbers of ranks again and again."""
+    whole, step = new_store(), 0
+    manifests: list[row_checkpoint.Manifest] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started(folder, whole)
+        for ranks in worlds:
+            parts = [Part(rank, ranks) for rank in range(ranks)]
+            rows = [checkpoints(folder) for _ in range(ranks)]
+            for part, mine in zip(parts, rows, strict=True):
+                touched = mine.restore(manifests, part, initial, part.owns)
+                assert part.owns(touched).all()
+                owned = part.owns(torch.arange(ROWS))
+                assert torch.equal(content(part.store)[owned], content(whole)[owned])
+            for _ in range(2):
+                step += 1
+                ids = some_rows(seed + step, 150)
+                touch(whole, ids, step)
+                manifests = []
+                for part, mine in zip(parts, rows, strict=True):
+                    own = ids[part.owns(ids)]
+                    touch(part, own, step)
+                    manifests.append(mine.save(step, part, own, part.rank))
+                rows[0].committed(manifests, parts[0])
+
+
+@dataclass
+class Run:
+    """A training run with a table, as far as its rows are concerned, and what they must be."""
+
+    folder: Path
+    lasting: bool
+    store: RowStore = field(init=False)
+    rows: RowCheckpoints = field(init=False)
+    step: int = 0
+    recent: set[int] = field(default_factory=set)
+    manifests: list[row_checkpoint.Manifest] = field(default_factory=list)
+    expected: Tensor = field(init=False)
+    at_checkpoint: tuple[int, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.store = self.new_store()
+        self.rows = started(self.folder, self.store)
+        self.expected = content(self.store)
+        self.at_checkpoint = 0, self.expected.clone()
+
+    def new_store(self) -> RowStore:
+        return LoggedStore(ROWS, LAYOUT.record_bytes) if self.lasting else new_store()
+
+    def train(self, ids: list[int]) -> None:
+        self.step += 1
+        numbers = torch.tensor(sorted(ids))
+        touch(self.store, numbers, random.Random(self.step).randrange(1 << 20))
+        self.recent |= set(ids)
+        self.expected = content(self.store)
+
+    def save(self, *, commit: bool, settle: bool) -> None:
+        """Save the rows; then the training checkpoint is committed or not; then old files are deleted or not.
+
+        A process does not outlive what it could not commit.
+        """
+        if self.step == self.at_checkpoint[0] and self.recent:
+            return
+        ids = torch.tensor(sorted(self.recent), dtype=torch.int64)
+        manifest = json.loads(json.dumps(self.rows.save(self.step, self.store, ids)))
+        self.recent = set()
+        files = manifest["files"]
+        held, distinct = sum(f["rows"] for f in files), (self.expected != self.beginning()).any(1).sum()
+        assert held <= 2 * distinct
+        assert sum((self.folder / f["name"]).stat().st_size for f in files) == sum(f["bytes"] for f in files)
+        if commit:
+            self.manifests = [manifest]
+            self.at_checkpoint = self.step, self.expected.clone()
+            if settle:
+                self.rows.committed([manifest], self.store)
+                assert row_files(self.folder) == sorted(f["name"] for f in files)
+        else:
+            self.restart()
+
+    def beginning(self) -> Tensor:
+        out = torch.empty_like(self.expected)
+        initial(0, ROWS, out)
+        return out
+
+    def restart(self) -> None:
+        """A new process: only files remain, those of a lasting store among them."""
+        if not self.lasting:
+            self.store = self.new_store()
+        before = self.store.written if isinstance(self.store, LoggedStore) else 0
+        self.rows = checkpoints(self.folder)
+        self.rows.restore(self.manifests, self.store, initial)
+        if isinstance(self.store, LoggedStore):
+            assert self.store.written - before < ROWS, "a table that survived is not written anew"
+        self.step, self.expected = self.at_checkpoint[0], self.at_checkpoint[1].clone()
+        self.recent = set()
+        assert torch.equal(content(self.store), self.expected)
+        assert row_files(self.folder) == sorted(f["name"] for m in self.manifests for f in m["files"])
+
+
+ACTIONS = st.one_of(
+    st.lists(st.integers(0, 39), min_size=1, max_size=12, unique=True),
+    st.sampled_from(["saved", "committed", "settled", "restart"]),
+)
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+@given(actions=st.lists(ACTIONS, max_size=25))
+@settings(max_examples=40, deadline=None)
+def test_a_restart_at_any_moment_is_exact(lasting: bool, actions: list[list[int] | str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(Path(folder), lasting)
+        for action in [*actions, "restart"]:
+            if isinstance(action, list):
+                run.train(action)
+            elif action == "restart":
+                run.restart()
+            else:
+                run.save(commit=action != "saved", settle=action == "settled")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, list[row_checkpoint.Manifest]]:
+    """A checkpoint of two files, and where the second lies."""
+    store = new_store()
+    rows = started(tmp_path, store)
+    for step in (1, 2):
+        touch(store, some_rows(step), step)
+        manifest = rows.save(step, store, some_rows(step))
+    return tmp_path / "step=2.rank=0.rows", [manifest]
+
+
+def restore_refused(
+    saved: tuple[Path, list[row_checkpoint.Manifest]],
+    layout: RecordLayout = LAYOUT,
+    fingerprint: str = FINGERPRINT,
+) -> str:
+    path, manifests = saved
+    store = new_store(layout)
+    message = refusal(
+        lambda: checkpoints(path.parent, layout, fingerprint).restore(manifests, store, initial)
+    )
+    assert str(path.parent) in message
+    return message
+
+
+def test_a_missing_file_is_named(saved: tuple[Path, list[row_checkpoint.Manifest]]) -> None:
+    saved[0].unlink()
+    assert f"{saved[0]} of step 2 is missing; put a whole copy back" in restore_refused(saved)
+
+
+def test_a_truncated_file_is_named(saved: tuple[Path, list[row_checkpoint.Manifest]]) -> None:
+    whole = saved[0].read_bytes()
+    for size in (0, 5, 40, len(whole) // 2, len(whole) - 1):
+        saved[0].write_bytes(whole[:size])
+        message = restore_refused(saved)
+        assert f"{saved[0]} is damaged: it holds {size:,} bytes instead of {len(whole):,}" in message
+
+
+def test_any_flipped_bit_is_found(
+    saved: tuple[Path, list[row_checkpoint.Manifest]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = saved[0].read_bytes()
+    chance = random.Random(0)
+    ends = [*range(20), *range(len(whole) - 20, len(whole))]
+    for place in [*ends, *(chance.randrange(len(whole)) for _ in range(60))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << chance.randrange(8)
+        saved[0].write_bytes(damaged)
+        assert f"{saved[0]} is damaged: its checksum differs" in restore_refused(saved)
+
+
+def test_the_file_of_another_run_is_refused(saved: tuple[Path, list[row_checkpoint.Manifest]]) -> None:
+    """Whole, of the right size, but not the one the checkpoint lists."""
+    other = saved[0].parent / "other"
+    store = new_store()
+    rows = started(other, store)
+    touch(store, some_rows(2), 77)
+    rows.save(2, store, some_rows(2))
+    assert (other / saved[0].name).stat().st_size == saved[0].stat().st_size
+    shutil.copyfile(other / saved[0].name, saved[0])
+    assert "its checksum differs" in restore_refused(saved)
+
+
+def test_rows_of_another_configuration_are_refused(
+    saved: tuple[Path, list[row_checkpoint.Manifest]],
+) -> None:
+    saved = saved[0].with_name("step=1.rank=0.rows"), saved[1]
+    message = restore_refused(saved, fingerprint="hash 2, table abc, seed 0")
+    assert "hash version, tables or seed differ (hash 1, table abc, seed 0 instead of hash 2" in message
+    for change, says in (
+        ({"row_dim": 4}, "row_dim 3, but the run has 4"),
+        ({"rule": "sinkhorn"}, "rule 'adam', but the run has 'sinkhorn'"),
+        ({"state": "bfloat16"}, "state 'float32', but the run has 'bfloat16'"),
+        ({"weights": "bfloat16"}, "weights 'float32', but the run has 'bfloat16'"),
+    ):
+        assert says in restore_refused(saved, layout=replace(LAYOUT, **change))
+
+
+def test_files_of_a_later_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store()
+    rows = started(tmp_path, store)
+    with monkeypatch.context() as later:
+        later.setattr(row_file, "VERSION", row_file.VERSION + 1)
+        manifest = rows.save(1, store, some_rows(0))
+    message = restore_refused((tmp_path / "step=1.rank=0.rows", [manifest]))
+    assert f"has version {row_file.VERSION + 1}, but this program reads version {row_file.VERSION}" in message
+
+
+def test_a_lasting_store_is_restored_when_the_damage_is_mended(tmp_path: Path) -> None:
+    """What could not be put back is still known to be wrong."""
+    store = LoggedStore(ROWS, LAYOUT.record_bytes)
+    rows = started(tmp_path, store)
+    for step in (1, 2):
+        touch(store, some_rows(step), step)
+        manifest = rows.save(step, store, some_rows(step))
+        rows.committed([manifest], store)
+    expected = content(store)
+    touch(store, some_rows(3, 500), 3)
+    path = tmp_path / "step=2.rank=0.rows"
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) - 200] ^= 1
+    path.write_bytes(damaged)
+    refusal(lambda: checkpoints(tmp_path).restore([manifest], store, initial))
+    path.write_bytes(whole)
+    checkpoints(tmp_path).restore([manifest], store, initial)
+    assert torch.equal(content(store), expected)
+
+
+def test_a_lasting_store_of_another_run_is_written_anew(tmp_path: Path) -> None:
+    """Two runs of equal rows in two folders take turns with one table file."""
+    store = LoggedStore(ROWS, LAYOUT.record_bytes)
+    outcome = {}
+    for seed, name in enumerate(("one", "two")):
+        rows = started(tmp_path / name, store)
+        touch(store, some_rows(seed), seed)
+        manifest = rows.save(1, store, some_rows(seed))
+        rows.committed([manifest], store)
+        outcome[name] = manifest, content(store)
+    for name in ("one", "two", "one"):
+        manifest, expected = outcome[name]
+        checkpoints(tmp_path / name).restore([manifest], store, initial)
+        assert torch.equal(content(store), expected)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let the system refuse to write more: the nearest to a full disk that needs no disk of one's own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000])
+def test_a_write_that_fails_half_way_leaves_the_checkpoint_before(tmp_path: Path, size: int) -> None:
+    store = new_store()
+    rows = started(tmp_path, store)
+    touch(store, some_rows(1), 1)
+    manifest = rows.save(1, store, some_rows(1))
+    before, expected = row_files(tmp_path), content(store)
+    touch(store, some_rows(2), 2)
+    with largest_file(size):
+        message = refusal(lambda: rows.save(2, store, some_rows(2)))
+    assert f"rows of step 2 cannot be saved in {tmp_path}: File too large" in message
+    assert "the checkpoint before is intact" in message
+    assert row_files(tmp_path) == before
+    again = new_store()
+    checkpoints(tmp_path).restore([manifest], again, initial)
+    assert torch.equal(content(again), expected)
+    # With room again, nothing of what failed is lost.
+    manifest = rows.save(2, store, some_rows(2))
+    checkpoints(tmp_path).restore([manifest], again, initial)
+    assert torch.equal(content(again), content(store))
+
+
+def test_room_is_asked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = new_store()
+    rows = started(tmp_path, store)
+    nearly = list(os.statvfs(tmp_path))
+    for free, fits in ((1, False), (20_000, True)):
+        nearly[1], nearly[4] = 1, free  # f_frsize, f_bavail
+        found = os.statvfs_result(nearly)
+        monkeypatch.setattr(os, "statvfs", lambda _, found=found: found)
+        if fits:
+            manifest = rows.save(2, store, some_rows(2))
+            assert manifest["files"][0]["bytes"] <= free
+        else:
+            message = refusal(lambda: rows.save(1, store, some_rows(1)))
+            assert f"100 rows of step 1 need 0.0 GiB, but {tmp_path} has 0.0 GiB free" in message
+            assert row_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 999])
+def test_the_room_asked_for_is_what_a_file_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    store = new_store()
+    file = started(tmp_path, store).save(1, store, some_rows(0, count))["files"]
+    if file:
+        assert 0 <= row_file.file_bytes(LAYOUT, count) - file[0]["bytes"] <= 4096
+
+
+def test_an_interrupt_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = new_store()
+    rows = started(tmp_path, store)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rows.save(1, store, some_rows(1))
+    assert row_files(tmp_path) == []
+
+
+def changed(step: int) -> Tensor:
+    return some_rows(step, 400)
+
+
+def train_step(store: RowStore, step: int) -> None:
+    touch(store, changed(step), step)
+
+
+def commit(folder: Path, manifests: list[row_checkpoint.Manifest]) -> None:
+    """What stands for the training checkpoint."""
+    (folder / "manifest.partial").write_text(json.dumps(manifests))
+    os.replace(folder / "manifest.partial", folder / "manifest.json")
+
+
+def continue_run(folder: Path, store: RowStore) -> tuple[RowCheckpoints, list[row_checkpoint.Manifest], int]:
+    file = folder / "manifest.json"
+    manifests = json.loads(file.read_text()) if file.exists() else []
+    rows = checkpoints(folder)
+    rows.restore(manifests, store, initial)
+    return rows, manifests, manifests[0]["step"] if manifests else 0
+
+
+def train_until_killed(folder: Path, ready: Connection) -> None:
+    torch.set_num_threads(1)
+    store = new_store()
+    rows, _, step = continue_run(folder, store)
+    ready.send(step)
+    while True:
+        step += 1
+        train_step(store, step)
+        if step % 2 == 0:
+            manifest = rows.save(step, store, torch.cat([changed(step - 1), changed(step)]).unique())
+            commit(folder, [manifest])
+            rows.committed([manifest], store)
+
+
+def test_killed_at_random_moments_the_rows_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["engram_lab.memory.row_checkpoint", "hypothesis", "pytest"])
+    expected, trained = new_store(), 0
+    started(tmp_path / "elsewhere", expected)
+    for _ in range(12):
+        here, there = context.Pipe()
+        process = context.Process(target=train_until_killed, args=(tmp_path, there), daemon=True)
+        process.start()
+        assert here.poll(120), "the process has not begun to train"
+        assert here.recv() == trained
+        time.sleep(chance.uniform(0.0, 0.1))
+        process.kill()
+        process.join()
+        store = new_store()
+        _, _, step = continue_run(tmp_path, store)
+        assert step >= trained
+        for s in range(trained + 1, step + 1):
+            train_step(expected, s)
+        trained = step
+        assert torch.equal(content(store), content(expected))
+    assert trained
