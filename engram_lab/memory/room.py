@@ -27,14 +27,14 @@ def require_memory(needed: int, what: str, remedy: str) -> None:
         )
 
 
-def require_disk(needed: int, directory: Path, remedy: str) -> None:
-    """Raise a UserError when the file system of `directory` has less than `needed` bytes free."""
+def require_disk(needed: int, directory: Path, remedy: str, what: str = "The table's file") -> None:
+    """Raise a UserError when `what` needs more bytes than the file system of `directory` has free."""
     free = os.statvfs(directory)
     available = free.f_bavail * free.f_frsize
     if needed > available:
         raise UserError(
-            f"The table's file needs {needed / GIB:.1f} GiB, but {directory} has {available / GIB:.1f} GiB "
-            f"free; {remedy}."
+            f"{what} needs {needed / GIB:.1f} GiB, but {directory} has {available / GIB:.1f} GiB free; "
+            f"{remedy}."
         )
 
 

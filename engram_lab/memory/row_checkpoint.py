@@ -13,7 +13,6 @@ Shapes: k rows of a checkpoint, n rows of a chunk.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from engram_lab.errors import UserError
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.room import GIB
+from engram_lab.memory.room import require_disk
 from engram_lab.memory.row_file import (
     PARTIAL,
     RowFile,
@@ -180,23 +179,19 @@ class RowCheckpoints:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._require_room(step, ids)
+            require_disk(
+                file_bytes(self.layout, len(ids)),
+                self.directory,
+                "make room there; the checkpoint before is intact",
+                what=f"Saving {len(ids):,} table rows of step {step}",
+            )
             records = _chunks(store, self.layout, ids)
             return write(path, step, ids, records, layout=self.layout, fingerprint=self.fingerprint)
         except OSError as error:
             raise UserError(
-                f"The rows of step {step} cannot be saved in {self.directory}: {error.strerror or error}; "
-                "make room there, or mend what is wrong; the checkpoint before is intact."
+                f"The table rows of step {step} cannot be saved in {self.directory}: "
+                f"{error.strerror or error}; mend that or make room; the checkpoint before is intact."
             ) from error
-
-    def _require_room(self, step: int, ids: Tensor) -> None:
-        found = os.statvfs(self.directory)
-        needed, free = file_bytes(self.layout, len(ids)), found.f_bavail * found.f_frsize
-        if needed > free:
-            raise UserError(
-                f"The {len(ids):,} rows of step {step} need {needed / GIB:.1f} GiB, but {self.directory} has "
-                f"{free / GIB:.1f} GiB free; make room there; the checkpoint before is intact."
-            )
 
     def _reset(self, store: RowStore, written: Tensor, initial: Initial) -> None:
         """Write the initial records of those rows that no file has."""

@@ -226,7 +226,7 @@ class RowReader:
 
     @property
     def _anew(self) -> str:
-        return f"delete {self.path.parent} to train the run anew"
+        return "delete the run's folder to train it anew"
 
     @property
     def _remedy(self) -> str:

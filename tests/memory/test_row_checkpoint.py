@@ -491,7 +491,9 @@ def test_room_is_asked_for_before_anything_is_written(
             assert manifest["files"][0]["bytes"] <= free
         else:
             message = refusal(lambda: rows.save(1, store, some_rows(1)))
-            assert f"100 rows of step 1 need 0.0 GiB, but {tmp_path} has 0.0 GiB free" in message
+            assert (
+                f"Saving 100 table rows of step 1 needs 0.0 GiB, but {tmp_path} has 0.0 GiB free" in message
+            )
             assert row_files(tmp_path) == []
 
 
