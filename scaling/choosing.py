@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.special import fdtr
 
 from scaling.allocation import fit_allocation
 from scaling.curvefit import CurveFit, Interval, fit_curve
@@ -20,6 +19,7 @@ from scaling.joint_law import FORMS
 from scaling.lawfit import LawFit, case_weights
 from scaling.lse import solve
 from scaling.observations import pure_error
+from scaling.tails import f_cdf
 
 REFITS = 400
 """Most refits that leave-one-out does; beyond that many runs it says nothing new."""
@@ -84,7 +84,7 @@ def lack_of_fit(fit: CurveFit) -> LackOfFit:
         return LackOfFit(statistic=None, p_value=None, dof=(max(outer, 0), inner))
     statistic = max(fit.rss - within, 0.0) / outer / (within / inner)
     return LackOfFit(
-        statistic=statistic, p_value=1 - float(fdtr(outer, inner, statistic)), dof=(outer, inner)
+        statistic=statistic, p_value=1 - f_cdf(outer, inner, statistic), dof=(outer, inner)
     )
 
 

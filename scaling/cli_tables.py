@@ -30,17 +30,23 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
 def runs(given: argparse.Namespace) -> Any:
     """Return the table as a checked frame."""
     from scaling.frame import read
-    from scaling.mlflow_reader import is_store, read_study, studies
 
     names = _mapping(given.map)
     if not is_store(given.table):
         if given.study is not None:
             return _of_study(read(given.table, names), given.study)
         return read(given.table, names)
+    from scaling.mlflow_reader import read_study, studies
+
     if given.study is None:
         known = ", ".join(map(repr, studies(given.table))) or "no study"
         raise ScalingError(f"--study is needed for an MLflow store; {given.table!r} has {known}.")
     return read(read_study(given.table, given.study), names)
+
+
+def is_store(address: str) -> bool:
+    """Say whether `address` names an MLflow store (`sqlite:///…`, `http://…`), not a file."""
+    return "://" in address
 
 
 def _of_study(frame: Any, study: str) -> Any:

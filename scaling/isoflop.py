@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.special import fdtr
 
 from scaling.allocation import budgets
 from scaling.curvefit import Interval, fit_curve
@@ -21,6 +20,7 @@ from scaling.frame import Excluded, Source, budget_groups, finished, need, numbe
 from scaling.levenberg import extremes, minimise
 from scaling.observations import build
 from scaling.separable import Axis, quantile_f
+from scaling.tails import f_cdf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def _power_law(
     lack = None
     inner = len(loss) - 3 * count
     if count > 2 and inner > 0 and free > 0:
-        lack = 1 - float(fdtr(count - 2, inner, max(rss - free, 0.0) / (count - 2) / (free / inner)))
+        lack = 1 - f_cdf(count - 2, inner, max(rss - free, 0.0) / (count - 2) / (free / inner))
     notes = [] if best.converged[0] else [f"not-converged: gradient {best.gradient[0]:.1e}"]
     if count == 2:
         notes.append("two budgets: the power law passes through both bottoms and cannot be checked")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.special import erf
 
 from scaling.curvefit import Interval
 from scaling.errors import ScalingError
@@ -270,7 +269,8 @@ def huber_aicc(objective: float, n: int, p: int, delta: float) -> float | None:
         deviance = n * math.log(2 * math.pi * 2 * objective / n) + n
     else:
         scale = np.exp(np.linspace(math.log(objective / n) - 12, math.log(objective / n) + 12, 4801))
-        normal = np.sqrt(2 * np.pi * scale) * erf(delta / np.sqrt(2 * scale))
+        inside = np.array([math.erf(bend) for bend in (delta / np.sqrt(2 * scale)).tolist()])
+        normal = np.sqrt(2 * np.pi * scale) * inside
         tails = 2 * scale / delta * np.exp(-(delta**2) / (2 * scale))
         deviance = float((2 * objective / scale + 2 * n * np.log(normal + tails)).min())
     return deviance + 2 * p + 2 * p * (p + 1) / (n - p - 1)

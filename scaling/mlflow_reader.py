@@ -89,11 +89,6 @@ WHERE s.key = 'study' ORDER BY s.value
 """
 
 
-def is_store(address: str) -> bool:
-    """Say whether `address` names an MLflow store (`sqlite:///…`, `http://…`), not a file."""
-    return "://" in address
-
-
 def _is_sqlite(uri: str) -> bool:
     return uri.startswith("sqlite:")
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from scipy.special import chdtri, fdtri, stdtrit
+
+from scaling.tails import chi_squared_quantile, f_quantile
 
 CHUNK = 4_000_000
 """Largest number of float64 in one intermediate array of a batched search (32 MB)."""
@@ -50,16 +51,12 @@ def quantile_f(confidence: float, dof: float) -> float:
     """Quantile of F(1, dof); of chi-squared(1) when dof is infinite (the SD is known)."""
     if dof <= 0:
         return math.inf
-    return float(chdtri(1, 1 - confidence) if math.isinf(dof) else fdtri(1, dof, confidence))
+    return chi_squared_quantile(confidence) if math.isinf(dof) else f_quantile(1, dof, confidence)
 
 
 def quantile_t(confidence: float, dof: float) -> float:
     """Two-sided quantile of Student's t; of the normal when dof is infinite."""
-    return (
-        math.sqrt(quantile_f(confidence, dof))
-        if math.isinf(dof)
-        else float(stdtrit(dof, 0.5 + confidence / 2))
-    )
+    return math.sqrt(quantile_f(confidence, dof))
 
 
 @dataclass(frozen=True)

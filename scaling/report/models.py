@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from scaling.curvefit import CurveFit
-from scaling.joint import JointModel
 from scaling.report.drawing import Array, Curve
 from scaling.report.numbers import fixed, significant
+
+if TYPE_CHECKING:
+    from scaling.curvefit import CurveFit
+    from scaling.joint_results import JointModel
 
 SCORES = ("Δ AICc", "AICc", "RSS", "k")
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from scaling.allocation import CREDIBLE, AllocationFit
-from scaling.design import NextRun
 from scaling.report import checkplots, plots, words
 from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
 from scaling.report.drawing import Curve, Estimate, Label, Points
 from scaling.report.models import SCORES, curve, formula, scores, status
 from scaling.report.numbers import budget_label, fixed, interval, percent, significant
 from scaling.ushape import UShape
+
+if TYPE_CHECKING:
+    from scaling.design import NextRun
 
 
 def shares(fits: Sequence[AllocationFit], proposed: Sequence[NextRun]) -> Section:

@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from scaling.allocation import AllocationFit
-from scaling.joint import JointFit
-from scaling.memory import MemoryFit
-from scaling.report import budgets, memories, shares, words
+from scaling.report import words
 from scaling.report.document import Table
 from scaling.report.numbers import percent, significant
 
@@ -22,16 +19,24 @@ CELL = 48
 
 def to_text(fit: Any) -> str:
     """Return any result of `scaling.fit_*` as text."""
-    match fit:
-        case AllocationFit():
+    result = fit.to_dict()
+    # each section imports what it draws, which takes longer than a small fit: only the one that is needed
+    match result["kind"]:
+        case "allocation":
+            from scaling.report import shares
+
             return _said(words.allocation(fit), shares.models(fit))
-        case MemoryFit():
+        case "memory":
+            from scaling.report import memories
+
             return _said(words.memory(fit), memories.models(fit))
-        case JointFit():
+        case "joint":
+            from scaling.report import budgets
+
             tables = ([budgets.forecasts(fit)] if fit.rho_star else []) + [budgets.models(fit)]
             return _said(words.drift(fit), *tables)
         case _:
-            return _fields(fit.to_dict())
+            return _fields(result)
 
 
 def _said(sentence: str, *tables: Table) -> str:

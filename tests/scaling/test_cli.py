@@ -78,6 +78,15 @@ def test_a_fit_imports_neither_plots_nor_stores_nor_training(table: Path) -> Non
     assert alone(code) == "[]"
 
 
+def test_a_small_fit_imports_nothing_that_takes_longer_than_it(table: Path) -> None:
+    code = (
+        "import sys; from scaling.cli import main\n"
+        f"main(['fit', 'allocation', {str(table)!r}, '--map', 'rho=share'])\n"
+        "print([m for m in ('scipy', 'sqlite3', 'scaling.joint', 'scaling.design') if m in sys.modules])"
+    )
+    assert alone(code) == "[]"
+
+
 def test_json_is_the_result_of_the_function(table: Path, said: Said) -> None:
     found = json.loads(said("fit", "allocation", table, "--map", "rho=share", "--json"))
     fit = scaling.fit_allocation(table, columns={"rho": "share"})

@@ -12,9 +12,10 @@ import polars as pl
 import pytest
 
 from scaling.cli import main
+from scaling.cli_tables import is_store
 from scaling.errors import ScalingError
 from scaling.frame import read
-from scaling.mlflow_reader import LOSS_METRIC, TAGS, _remote_trials, is_store, read_study, studies
+from scaling.mlflow_reader import LOSS_METRIC, TAGS, _remote_trials, read_study, studies
 from scaling.schema import NAMES
 
 CELL = {
