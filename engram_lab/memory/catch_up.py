@@ -32,8 +32,8 @@ from engram_lab.errors import UserError
 
 NEGLIGIBLE = 1e-10
 """Terms of T are summed until the first one smaller than this share of the first."""
-TOLERANCE, MOST_NODES = 1e-7, 24
-"""Relative error of a quadrature (float32's own), and nodes beyond which a catch-up would cost too much."""
+TOLERANCE, MOST_NODES, MOST_TERMS = 1e-7, 24, 4096
+"""Relative error of a quadrature (float32's own), and nodes and terms beyond which it would cost too much."""
 
 DECAY, DECAY_SQ, DECAY_ROOT, RATE, UNBIAS, NODES = range(6)
 """Columns of the table of constants. By gap k: beta1^k, beta2^k, beta2^(k/2). By step j: rate_j / (1 -
@@ -82,7 +82,7 @@ def nodes_for(betas: tuple[float, float]) -> int:
     """
     if betas[0] == 0:
         return 0  # without momentum an unread row rests
-    if betas[0] < math.sqrt(betas[1]):
+    if betas[0] < math.sqrt(betas[1]) and _terms(betas) <= MOST_TERMS:
         d = np.logspace(-8, 16, 200)[:, None]  # in units of eps
         K = _terms(betas)
         sums = []

@@ -6,8 +6,8 @@ first-level cache, worked on in float32 there, and put back.
 
 Numbers that are stored as bfloat16 are rounded up or down at random, with the odds that make the mean exact:
 16 random bits are added below the bits that stay. They are a function of (seed, step, row, column, field),
-the same here and in row_kernels_triton.py: a 32-bit mixer (https://github.com/skeeto/hash-prospector) chained
-over what names the row, then over column * 4 + field multiples of the golden ratio.
+the same here and in row_kernels_triton.py: a 32-bit mixer (https://github.com/skeeto/hash-prospector) over
+the row, over that with seed and step, and over that plus column * 4 + field multiples of the golden ratio.
 
 Shapes: n records, U row width.
 """
@@ -39,10 +39,10 @@ def mix(x: np.uint32) -> np.uint32:
 @njit(inline="always")
 def _key(start: np.uint32, row: np.int64) -> np.uint32:
     """What a row's random bits in a step begin with; `start` stands for seed and step."""
-    return mix(np.uint32(mix(np.uint32(start ^ np.uint32(row))) ^ np.uint32(row >> 32)))
+    return mix(np.uint32(start ^ mix(np.uint32(mix(np.uint32(row)) ^ np.uint32(row >> 32)))))
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _load(words: np.ndarray, halves: np.ndarray, at: int, narrow: bool, bits: np.ndarray) -> None:
     """Take the field at byte `at` of a record into `bits` [U], as the bits of float32."""
     U = len(bits)
@@ -56,7 +56,7 @@ def _load(words: np.ndarray, halves: np.ndarray, at: int, narrow: bool, bits: np
             bits[c] = wide[c]
 
 
-@njit(nogil=True, cache=True)
+@njit(inline="always")
 def _store(
     words: np.ndarray,
     halves: np.ndarray,
@@ -81,7 +81,7 @@ def _store(
             wide[c] = bits[c]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(inline="always")
 def _catch_up(
     last: int,
     gap: int,

@@ -109,7 +109,7 @@ class RowOptimizer:
         Raises ValueError, on a CPU, when a record holds this step or a later one.
         """
         layout, kernels = self.layout, _kernels(records)
-        start = _start(self.seed, step)
+        start = rounding_start(self.seed, step)
         gradients = gradients.contiguous()
         given = layout, records, ids, gradients, scale
         if layout.rule == "adam":
@@ -164,7 +164,7 @@ def _kernels(records: Tensor) -> ModuleType:
     return row_kernels_triton
 
 
-def _start(seed: int, step: int) -> int:
+def rounding_start(seed: int, step: int) -> int:
     """Return the 32 bits that stand for seed and step in the random rounding."""
     mixed = 0
     for word in (seed, seed >> 32, step):

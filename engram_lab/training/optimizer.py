@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
 from engram_lab.errors import UserError, nearest
+from engram_lab.training.adagrad import row_adagrad_step
 from engram_lab.training.muon import muon_step
 from engram_lab.training.schedule import wsd_multiplier
 from engram_lab.training.sinkhorn import MOMENTUM as SINKHORN_MOMENTUM
@@ -42,10 +43,11 @@ class OptimizerConfig:
         betas: Adam's averages of the gradient and of its square.
         eps: Adam's addition to the denominator.
         muon_momentum: averaging of the gradient in Muon.
-        table_optimizer: "adam", or "sinkhorn" for DeepSeek-V4.1's momentum with balanced rows and columns,
-            which keeps one number a parameter where Adam keeps two (training/sinkhorn.py).
-        table_lr_multiplier: tables learn at this multiple of the base rate: the published setting for both
-            rules, since a row is touched far less often than a matrix.
+        table_optimizer: "adam"; "sinkhorn" for DeepSeek-V4.1's momentum with balanced rows and columns,
+            which keeps one number a parameter where Adam keeps two (training/sinkhorn.py); or "adagrad",
+            which keeps one number a row (training/adagrad.py).
+        table_lr_multiplier: tables learn at this multiple of the base rate: the published setting for Adam
+            and the balanced momentum, since a row is touched far less often than a matrix.
         warmup_fraction: share of the steps spent warming up, when `warmup_steps` is None.
         warmup_steps: warm-up in steps; overrides `warmup_fraction`.
         decay_fraction: share of the steps, at the end, spent decaying.
@@ -63,7 +65,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     muon_momentum: float = 0.95
-    table_optimizer: Literal["adam", "sinkhorn"] = "adam"
+    table_optimizer: Literal["adam", "adagrad", "sinkhorn"] = "adam"
     table_lr_multiplier: float = 5.0
     warmup_fraction: float = 0.02
     warmup_steps: int | None = None
@@ -72,14 +74,15 @@ class OptimizerConfig:
     gradient_clip: float = 1.0
 
     def __post_init__(self) -> None:
-        for field, one, other in (
-            ("matrix_optimizer", "adamw", "muon"),
-            ("table_optimizer", "adam", "sinkhorn"),
+        for field, rules in (
+            ("matrix_optimizer", ("adamw", "muon")),
+            ("table_optimizer", ("adam", "adagrad", "sinkhorn")),
         ):
-            if (rule := getattr(self, field)) not in (one, other):
+            if (rule := getattr(self, field)) not in rules:
+                *others, last = map(repr, rules)
                 raise UserError(
-                    f"optimizer.{field} is {rule!r}; it must be {one!r} or {other!r}."
-                    + nearest(str(rule), (one, other))
+                    f"optimizer.{field} is {rule!r}; it must be {', '.join(others)} or {last}."
+                    + nearest(str(rule), rules)
                 )
         if len(self.betas) != 2:
             raise UserError(f"optimizer.betas is {self.betas!r}; it must be two numbers, say (0.9, 0.95).")
@@ -127,11 +130,11 @@ def lr_multiplier(config: OptimizerConfig, total_steps: int) -> Callable[[int], 
 
 
 class CompositeOptimizer(torch.optim.Optimizer):
-    """AdamW for most groups, Muon and Sinkhorn for those that ask for them, behind one optimizer.
+    """AdamW for most groups, Muon, Sinkhorn and Adagrad for those that ask for them, behind one optimizer.
 
-    A group holds `name`, `rule` ("adamw", "muon" or "sinkhorn"), `lr`, `weight_decay`, `betas`, `eps`,
-    `momentum` and `fused`. Adam's pass is fused where torch has such a kernel (CPU, CUDA) and batched by
-    foreach elsewhere.
+    A group holds `name`, `rule` ("adamw", "muon", "sinkhorn" or "adagrad"), `lr`, `weight_decay`, `betas`,
+    `eps`, `momentum` and `fused`. Adam's pass is fused where torch has such a kernel (CPU, CUDA) and batched
+    by foreach elsewhere.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -152,6 +155,8 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 self._muon(group, parameters)
             elif group["rule"] == "sinkhorn":
                 self._sinkhorn(group, parameters)
+            elif group["rule"] == "adagrad":
+                self._adagrad(group, parameters)
             else:
                 self._adamw(group, parameters)
         return loss
@@ -173,6 +178,18 @@ class CompositeOptimizer(torch.optim.Optimizer):
             self._momenta(parameters),
             lr=group["lr"],
             momentum=group["momentum"],
+        )
+
+    def _adagrad(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["sum_sq"] = p.new_zeros((len(p), 1), dtype=torch.float32)
+        row_adagrad_step(
+            parameters,
+            [p.grad for p in parameters],  # type: ignore[misc]
+            [self.state[p]["sum_sq"] for p in parameters],
+            lr=group["lr"],
+            eps=group["eps"],
         )
 
     def _momenta(self, parameters: list[Tensor]) -> list[Tensor]:
@@ -226,7 +243,7 @@ def build_optimizer(
             raise ValueError(f"parameter {name!r} has no role; known roles: {sorted(GROUP_OF_ROLE)}")
         members[GROUP_OF_ROLE[roles[name]]].append((name, parameter))
 
-    table_rule = "sinkhorn" if config.table_optimizer == "sinkhorn" else "adamw"
+    table_rule = "adamw" if config.table_optimizer == "adam" else config.table_optimizer
     rules = {"matrices": config.matrix_optimizer, "vectors": "adamw", "tables": table_rule}
     if rules["matrices"] == "muon":
         for name, parameter in members["matrices"]:
