@@ -60,7 +60,8 @@ def truth(name: str, x: np.ndarray) -> np.ndarray:
     """
     base = name.removesuffix("+jump")
     if base == "log-saturating":
-        mean = 0.0352 * family(base).basis(np.array([OPTIMUM, math.log(0.0139)]), x)
+        both = 0.0352 * (1 + FLOOR + 0.0139) / (OPTIMUM + FLOOR)  # a + g
+        mean = both * family(base).basis(np.array([OPTIMUM, math.log(0.0139)]), x)
     else:
         mean = 0.0788 * (x - OPTIMUM) ** 2
     return 1.71 + mean + (0.0113 * (x == 1.0) if name.endswith("+jump") else 0.0)
@@ -82,6 +83,38 @@ def minima(y: np.ndarray, x: np.ndarray = RHO) -> list[tuple[Family, Design, int
                 (item, design, design.parameters - (0 if item.amplitude else 1), theta, np.maximum(rss, 0))
             )
     return out
+
+
+def scatter(
+    y: np.ndarray,
+    x: np.ndarray,
+    found: list[tuple[Family, Design, int, np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Variance [S] that the U test takes and its degrees of freedom [S]: residuals of the best family, or of
+    a parabola of either sign.
+    """
+    n = len(x)
+    powers = np.linalg.qr(np.stack([np.ones(n), x, x**2], axis=1))[0]
+    rest = y - (y @ powers) @ powers.T
+    rss = np.stack([*(item[4] for item in found), (rest**2).sum(1)])
+    free = np.array([*(n - p for _, _, p, _, _ in found), n - 3])
+    best = np.argmin(np.stack([aicc(row, n, n - dof) for row, dof in zip(rss, free, strict=True)]), axis=0)
+    return rss[best, np.arange(len(y))] / free[best], free[best]
+
+
+def directions(
+    y: np.ndarray,
+    x: np.ndarray,
+    found: list[tuple[Family, Design, int, np.ndarray, np.ndarray]],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """p of "never rises" [S] and of "never falls" [S], the SD taken from residuals."""
+    variance, free = scatter(y, x, found)
+    p = np.empty((2, len(y)))
+    for dof in np.unique(free):
+        rows = np.flatnonzero(free == dof)
+        p[:, rows] = directional_p(y[rows], np.ones(len(x)), variance[rows], float(dof), rng, draws=499)
+    return p[0], p[1]
 
 
 def aicc(rss: np.ndarray, n: int, p: int) -> np.ndarray:
@@ -115,7 +148,7 @@ def single(name: str, sd: float, count: int, rng: np.random.Generator) -> int:
 
 
 def union_covers(y: np.ndarray, value: float, x: np.ndarray = RHO) -> np.ndarray:
-    """Whether the headline interval holds `value` [S].
+    """Whether the union of the credible families' intervals holds `value` [S].
 
     It does when one credible family's does, or when they lie on both sides of it.
     """
@@ -139,9 +172,32 @@ def union_covers(y: np.ndarray, value: float, x: np.ndarray = RHO) -> np.ndarray
 
 
 def union(name: str, sd: float, count: int, rng: np.random.Generator) -> int:
-    """Model-union interval of rho*, whatever is true."""
+    """Union of the credible families' intervals of rho*, whatever is true, without the help that the U test
+    gives the headline.
+    """
     y = truth(name, RHO) + sd * rng.standard_normal((count, len(RHO)))
     return int(union_covers(y, OPTIMUM).sum())
+
+
+def end_covers(
+    mean: np.ndarray, end: float, sd: float, count: int, rng: np.random.Generator, x: np.ndarray = RHO
+) -> int:
+    """Headline interval of rho* when the truth is monotone: how often it holds the end that is best."""
+    y = mean + sd * rng.standard_normal((count, len(x)))
+    found = minima(y, x)
+    scores = np.stack([aicc(rss, len(x), p) for _, _, p, _, rss in found])
+    credible = scores - scores.min(axis=0) < CREDIBLE
+    no_rise, no_fall = directions(y, x, found, rng)
+    reached = (no_rise if end == 1 else no_fall) > SIZE
+    for member, (item, design, p, _, rss) in zip(credible, found, strict=True):
+        if not item.axes:
+            reached |= member
+            continue
+        beyond = design.grid[:, 0] >= 1 if end == 1 else design.grid[:, 0] <= 0
+        least = design.surface(design.weighted(y))[:, beyond].min(1)
+        dof = len(x) - p
+        reached |= member & (least <= rss * (1 + quantile_f(0.95, dof) / dof))
+    return int(reached.sum())
 
 
 def memory(what: str, alpha: float, sd: float, count: int, rng: np.random.Generator) -> int:
@@ -213,21 +269,17 @@ MONOTONE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rising, cubic": lambda x: 1.71 + 0.04 * x**3,
     "falling, flat from .5": lambda x: 1.71 + 0.08 * np.maximum(0.5 - x, 0) ** 2,
 }
+SEVEN = np.array([0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
 
 
-def u_verdicts(mean: np.ndarray, sd: float, count: int, rng: np.random.Generator) -> int:
-    """How often both directions are rejected, the SD taken from the residuals of the best family."""
-    y = mean + sd * rng.standard_normal((count, len(RHO)))
-    found = minima(y)
-    best = np.argmin(np.stack([aicc(rss, len(RHO), p) for _, _, p, _, rss in found]), axis=0)
-    free = np.array([len(RHO) - p for _, _, p, _, _ in found])
-    hits = 0
-    for dof in np.unique(free[best]):
-        rows = np.flatnonzero(free[best] == dof)
-        rss = np.stack([item[4] for item in found])[best[rows], rows]
-        both = directional_p(y[rows], np.ones(len(RHO)), rss / dof, float(dof), rng, draws=499)
-        hits += int((np.maximum(*both) <= SIZE).sum())
-    return hits
+def hill(x: np.ndarray) -> np.ndarray:
+    return 1.71 - 0.08 * (x - 0.5) ** 2
+
+
+def u_verdicts(mean: np.ndarray, sd: float, count: int, rng: np.random.Generator, x: np.ndarray = RHO) -> int:
+    """How often both directions are rejected."""
+    y = mean + sd * rng.standard_normal((count, len(x)))
+    return int((np.maximum(*directions(y, x, minima(y, x), rng)) <= SIZE).sum())
 
 
 def cells() -> tuple[Cell, ...]:
@@ -273,6 +325,31 @@ def cells() -> tuple[Cell, ...]:
                 lambda n, g, m=mean: u_verdicts(m(RHO), 0.001, n, g),
             )
         )
+    for name in ("flat", "falling, saturating", "rising, steep at 1"):
+        out.append(
+            Cell(
+                "U test, size",
+                f"{name}, seven points, SD 0.001",
+                0.0,
+                0.07,
+                lambda n, g, m=MONOTONE[name]: u_verdicts(m(SEVEN), 0.001, n, g, SEVEN),
+            )
+        )
+    out.append(
+        Cell("U test, size", "hill, SD 0.001", 0.0, 0.07, lambda n, g: u_verdicts(hill(RHO), 0.001, n, g))
+    )
+    for name, mean in MONOTONE.items():
+        if name != "flat":
+            end = 1.0 if name.startswith("falling") else 0.0
+            out.append(
+                Cell(
+                    "rho*, headline at an end",
+                    f"{name}, SD 0.001",
+                    0.90,
+                    1.0,
+                    lambda n, g, m=mean, e=end: end_covers(m(RHO), e, 0.001, n, g),
+                )
+            )
     for name in ("log-saturating", "quadratic", "quadratic+jump"):
         for sd in SDS:
             out.append(

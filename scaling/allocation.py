@@ -12,20 +12,21 @@ import polars as pl
 
 from scaling.allocation_families import FLOOR, allocation_families
 from scaling.allocation_results import AllocationFit, AllocationModel, Optimum, Plateau, Valley
-from scaling.curvefit import CurveFit, fit_curve
+from scaling.curvefit import CurveFit, fit_curve, union
 from scaling.errors import ScalingError
-from scaling.families import Family
+from scaling.families import Family, no_slope
 from scaling.frame import Source, budget_groups, finished, numbers, read
 from scaling.lack import with_lack
 from scaling.observations import Observations, observe, pure_error
 from scaling.robust import reweigh
 from scaling.unimodal import valley_fit
-from scaling.ushape import UShape, cells, judge
+from scaling.ushape import SIZE, Scatter, UShape, cells, judge
 
 CREDIBLE = 4.0
 """Families within this delta AICc of the best one form the headline interval: measured to cover .91-.95
 where the best one alone covers .80-.94.
 """
+HILL = "parabola of either sign"
 PURE_ERROR_DOF = 8
 """Fewest degrees of freedom between seeds at which the U test takes its SD from replicates instead of
 residuals.
@@ -124,8 +125,8 @@ def analyse(
 ) -> AllocationFit:
     """The fit of observations that are ready."""
     models = _compare(tuple(_model(fit_curve(family, obs, confidence)) for family in families))
-    sd2, dof, source = _scatter(obs, models)
-    shape = judge(obs, sd2, dof, source, seed=seed, confidence=confidence)
+    scatter = _scatter(obs, models)
+    shape = judge(obs, scatter, seed=seed, confidence=confidence)
     optimum = _headline(obs, models, shape, confidence)
     data = cells(obs)
     valley = None
@@ -145,7 +146,7 @@ def analyse(
         models=models,
         valley=valley,
         u_shape=shape,
-        plateau=_plateau(obs, models, optimum, sd2, dof, source),
+        plateau=_plateau(obs, models, optimum, scatter),
         held=held or {},
         excluded=obs.excluded,
         observations=obs,
@@ -165,7 +166,7 @@ def one_budget(frame: pl.DataFrame, budget: float | None) -> tuple[pl.DataFrame,
             held = f"Column 'budget' holds {len(found)} budgets ({listing} FLOPs), and this fit takes one;"
             raise ScalingError(
                 f"{held} choose with budget=, fit each with fit_allocations, or all together with fit_joint.",
-                shell=f"{held} choose with --budget {found[-1]:.3g}, or fit shares at all with `scaling fit joint`.",
+                shell=f"{held} choose with --budget {found[-1]:.3g}, or fit all with `scaling fit joint`.",
             )
         return frame, found[0]
     nearest = int(np.argmin(np.abs(np.log(np.array(found) / budget)))) if budget > 0 else -1
@@ -188,7 +189,9 @@ def _model(fit: CurveFit) -> AllocationModel:
     shapeless = bool(fit.family.amplitude) and fit.params.get(fit.family.amplitude) == 0.0
     if fit.fitted and fit.family.axes and not shapeless:
         rho = fit.params["rho*"]
-        extra["interval"] = fit.intervals["rho*"]
+        low, high = fit.intervals["rho*"]
+        # a vertex beyond an end is an optimum at that end
+        extra["interval"] = (low if low is None else min(low, 1.0), high if high is None else max(high, 0.0))
         inside = 0.0 < rho < 1.0
         if not inside:
             notes = [note for note in notes if not note.startswith("bound-hit: rho*")]
@@ -198,13 +201,13 @@ def _model(fit: CurveFit) -> AllocationModel:
         else:
             extra["rho"] = rho
             theta = np.concatenate([fit.theta[None], fit.cloud])
-            extra["over_one"], extra["over_one_interval"] = fit.contrast(theta[:, 0], 1.0)
-            low, high = float(fit.obs.x.min()), float(fit.obs.x.max())
-            if not low <= rho <= high:
+            extra["over_one"], extra["over_one_interval"] = fit.contrast(np.clip(theta[:, 0], 0.0, 1.0), 1.0)
+            first, last = float(fit.obs.x.min()), float(fit.obs.x.max())
+            if not first <= rho <= last:
                 notes.insert(
-                    0, f"extrapolating: rho* = {rho:.3g} lies outside the runs ({low:g} to {high:g})"
+                    0, f"extrapolating: rho* = {rho:.3g} lies outside the runs ({first:g} to {last:g})"
                 )
-    status = notes[0].split(":")[0] if notes else fit.status
+    status = notes[0].split(":")[0] if notes and fit.fitted else fit.status
     return AllocationModel(**{**fit.__dict__, **extra, "notes": tuple(notes), "status": status})
 
 
@@ -216,27 +219,45 @@ def _compare(models: tuple[AllocationModel, ...]) -> tuple[AllocationModel, ...]
     return tuple(m if m.aicc is None else dataclasses.replace(m, delta_aicc=m.aicc - best) for m in models)
 
 
-def _scatter(obs: Observations, models: tuple[AllocationModel, ...]) -> tuple[float, float, str]:
-    """Variance of an observation of weight 1, its degrees of freedom, and where it comes from."""
+def _scatter(obs: Observations, models: tuple[AllocationModel, ...]) -> Scatter:
+    """Where the tests of shape take the scatter of runs from.
+
+    Without a known SD or replicates it is the best of the families and of a parabola of either sign, so
+    that a hill is not judged by its distance from the constant.
+    """
     if obs.known:
-        return 1.0, math.inf, "column loss_sd"
+        return Scatter(variance=1.0, dof=math.inf, source="column loss_sd")
     within, inner = pure_error(obs)
     if inner >= PURE_ERROR_DOF and within > 0:
-        return within / inner, float(inner), f"replicates ({inner} degrees of freedom)"
-    scored = [m for m in models if m.eligible and m.aicc is not None]
-    candidates = scored or [m for m in models if m.fitted and not m.family.check_only]
-    if len(obs.cells) < 6:
-        candidates = [m for m in models if m.fitted and m.dof >= 2 and m.name in ("constant", "quadratic")]
-        candidates.sort(key=lambda m: (m.rss or 0.0) / m.dof)
-    else:
-        candidates.sort(key=lambda m: math.inf if m.aicc is None else m.aicc)
-    if not candidates or candidates[0].rss is None:
-        return 0.0, 0.0, "nothing"
-    best = candidates[0]
-    assert best.rss is not None
+        source = f"replicates ({inner} degrees of freedom)"
+        return Scatter(variance=within / inner, dof=float(inner), source=source)
+    few = len(obs.cells) < 6
+    candidates = [
+        (m.rss / m.dof if few else m.aicc, m.rss / m.dof, m.dof, m.name)
+        for m in (*models, _parabola(obs))
+        if m.rss is not None and m.aicc is not None and m.dof >= 2
+        if (m.name in ("constant", "quadratic", HILL) if few else m.eligible)
+    ]
+    if not candidates:
+        return Scatter(variance=0.0, dof=0.0, source="nothing")
+    _, variance, dof, name = min(candidates)
     floor = float(obs.weight.mean()) * (1e-12 * max(1.0, float(np.abs(obs.y).max()))) ** 2
-    variance = best.rss / best.dof
-    return (0.0 if obs.flat else max(variance, floor)), float(best.dof), f"residuals of {best.name}"
+    variance = 0.0 if obs.flat else max(variance, floor)
+    return Scatter(variance=variance, dof=float(dof), source=f"residuals of {name}", about=name)
+
+
+def _parabola(obs: Observations) -> CurveFit:
+    """c + b1 rho + b2 rho^2, the curvature of either sign."""
+    family = Family(
+        name=HILL,
+        formula="c + b1 rho + b2 rho^2",
+        amplitude="b2",
+        basis=lambda theta, x: np.broadcast_to(x**2, (*theta.shape[:-1], len(x))).copy(),
+        slope=no_slope,
+        positive=False,
+        extra=(("b1", lambda x: x),),
+    )
+    return fit_curve(family, obs)
 
 
 def _headline(
@@ -246,58 +267,51 @@ def _headline(
         (m for m in models if m.eligible and m.delta_aicc is not None and m.delta_aicc < CREDIBLE),
         key=lambda m: m.delta_aicc or 0.0,
     )
-    common: dict[str, Any] = {"confidence": confidence, "members": tuple(m.name for m in credible)}
+    best = credible[0] if credible else None
+    low, high = union([m.interval for m in credible])
+    # a monotone curve that is not refused has its optimum at an end, whatever the families say
+    low = low if shape.p_no_fall is not None and shape.p_no_fall <= SIZE else None
+    high = high if shape.p_no_rise is not None and shape.p_no_rise <= SIZE else None
+    jump = best is not None and best.family.jump_at is not None and (best.over_one or 0.0) < 0
+    if jump:
+        high = None
+    if shape.verdict not in ("U-shaped", "monotone falling", "monotone rising"):
+        low = high = None
+    rho: float | None = None
     if obs.flat:
-        return Optimum(**common, rho=None, interval=(None, None), model=None, reason="all losses are equal")
-    if not any(m.family.axes for m in models if m.eligible):
-        return Optimum(
-            **common,
-            rho=None,
-            interval=(None, None),
-            model=credible[0].name if credible else None,
-            reason=f"{len(obs.cells)} distinct rho; a curve with an optimum needs at least 6 to be chosen",
-        )
-    best = credible[0]
-    lows, highs = zip(*(m.interval for m in credible), strict=True)
-    low = None if any(v is None for v in lows) else min(lows)
-    high = None if any(v is None for v in highs) else max(highs)
-    common |= {"interval": (low, high), "model": best.name}
-    if not best.family.axes:
-        return Optimum(**common, rho=None, reason="the constant fits best: no dependence on rho is seen")
-    if best.rho is None:
-        return Optimum(**common, rho=None, reason=f"{best.name} fits best and has no minimum inside (0, 1)")
-    if best.over_one is not None and best.family.jump_at is not None and best.over_one < 0:
-        return Optimum(
-            **common,
-            rho=None,
-            reason=f"{best.name} puts rho = 1, without memory, below the smooth optimum {best.rho:.3g}",
-        )
-    if low is None or high is None:
-        side = "no side" if low is high else "only the upper side" if low is None else "only the lower side"
-        return Optimum(**common, rho=None, reason=f"the interval is bounded on {side}")
-    if shape.verdict != "U-shaped" and shape.verdict != "undetermined":
-        return Optimum(
-            **common,
-            rho=None,
-            reason=f"curves have a minimum, but without assuming one: {shape.verdict}; {shape.reason}",
-        )
+        reason = "all losses are equal"
+    elif best is None or not any(m.family.axes for m in models if m.eligible):
+        reason = f"{len(obs.cells)} distinct rho; a curve with an optimum needs at least 6 to be chosen"
+    elif not best.family.axes:
+        reason = "no curve has a lower AICc than the constant: too few runs, or no dependence on rho"
+    elif shape.verdict != "U-shaped":
+        reason = f"without assuming a curve the shape is {shape.verdict}: {shape.reason}"
+    elif best.rho is None:
+        reason = f"{best.name} fits best and has no minimum inside (0, 1)"
+    elif jump:
+        reason = f"{best.name} puts rho = 1, without memory, below the smooth optimum {best.rho:.3g}"
+    elif low is None or high is None:
+        ends = [name for name, end in (("0", low), ("1", high)) if end is None]
+        reason = f"an optimum at {' or '.join(ends)} is not refused"
+    else:
+        rho = best.rho
+        reason = f"{best.name} has the lowest AICc; the interval is the union over members"
     return Optimum(
-        **common,
-        rho=best.rho,
-        reason=f"{best.name} has the lowest AICc; the interval is the union over members",
+        rho=rho,
+        interval=(low, high),
+        confidence=confidence,
+        model=None if best is None else best.name,
+        members=tuple(m.name for m in credible),
+        edge_members=tuple(m.name for m in credible if m.family.axes and m.rho is None),
+        reason=reason,
     )
 
 
 def _plateau(
-    obs: Observations,
-    models: tuple[AllocationModel, ...],
-    optimum: Optimum,
-    sd2: float,
-    dof: float,
-    source: str,
+    obs: Observations, models: tuple[AllocationModel, ...], optimum: Optimum, scatter: Scatter
 ) -> Plateau:
-    unit = float(np.median(obs.weight))
-    epsilon = math.sqrt(sd2 / unit) if sd2 > 0 else None
+    unit, source = float(np.median(obs.weight)), scatter.source
+    epsilon = math.sqrt(scatter.variance / unit) if scatter.variance > 0 else None
     best = next((m for m in models if m.name == optimum.model), None)
     if optimum.rho is None or best is None or epsilon is None:
         return Plateau(interval=None, epsilon=epsilon, epsilon_source=source, model=None)

@@ -1,7 +1,8 @@
 """Curves for loss against the share rho of the sparse parameters that goes to routed experts.
 
-Each family but the constant has its optimum rho* as first parameter, so a profile over that parameter is a
-profile over the optimum. r0 = k / (E_1 - k) is the share of active experts, R = (k + rho (E_1 - k)) / E_1 =
+Each family but the constant has its vertex rho* as first parameter, so a profile over that parameter is a
+profile over the optimum. A vertex outside [0, 1] stands for a curve that is monotone there, whose optimum is
+the nearer end. r0 = k / (E_1 - k) is the share of active experts, R = (k + rho (E_1 - k)) / E_1 =
 (r0 + rho) / (1 + r0) the share of experts kept.
 """
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from scaling import boxcox
 from scaling.families import Family, no_slope, nothing
-from scaling.separable import Axis
+from scaling.separable import Axis, Basis, Slope
 
 FLOOR = 0.06
 """r0 where the table has neither `experts` nor `top_k`: 6 active of 106 experts, the published sparse base
@@ -21,6 +22,10 @@ model. It only matters for rho below about 3 r0.
 """
 
 UNIT = (0.0, 1.0)
+BEYOND = 1.2
+"""How far beyond rho = 1 the vertex of a log curve is searched: there the memory term has vanished unless
+m0 is larger than .2.
+"""
 VERTEX = Axis(name="rho*", grid=np.linspace(-1.0, 2.0, 151), edge=UNIT)
 SHARE = Axis(name="rho*", grid=np.linspace(0.0, 1.0, 51), edge=UNIT)
 SATURATION = Axis(name="m0", grid=np.log(np.geomspace(1e-4, 1e2, 25)), log=True, edge=(1.001e-4, 0.999e2))
@@ -49,56 +54,70 @@ def _cubic_slope(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.stack([-2 * u - 3 * theta[..., 1:2] * u**2, u**3], axis=-1)
 
 
-def _memory_return(theta: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ln(1 + (1 - rho) / m0), its derivative by ln m0, and m0."""
-    m0 = np.exp(theta[..., 1:2])
-    left = 1.0 - x
-    return np.log1p(left / m0), -left / (m0 + left), m0
+def _share_axis(floor: float, inside: int) -> Axis:
+    """rho* from -r0, where experts return nothing, to beyond 1, where memory returns nothing."""
+    step = 1.0 / (inside - 1)
+    below = np.linspace(-floor, 0.0, 2 + int(floor / step))[:-1]
+    above = np.arange(1.0, BEYOND + step, step)[1:]
+    return Axis(name="rho*", grid=np.concatenate([below, np.linspace(0.0, 1.0, inside), above]), edge=UNIT)
 
 
-def _log_saturating(floor: float) -> tuple[object, object]:
-    def basis(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        rho = theta[..., :1]
-        gain, _, m0 = _memory_return(theta, x)
-        return -np.log((x + floor) / (1 + floor)) - (m0 + 1 - rho) / (rho + floor) * gain
+def _balance(theta: np.ndarray, lam: np.ndarray | float, floor: float) -> tuple[np.ndarray, ...]:
+    """Share w = g / (a + g) of the memory term by the first-order condition at rho*, and its derivatives by
+    rho*, ln m0 and lambda.
 
-    def slope(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        rho = theta[..., :1]
-        gain, dgain, m0 = _memory_return(theta, x)
-        ratio = (m0 + 1 - rho) / (rho + floor)
-        by_rho = (m0 + 1 + floor) / (rho + floor) ** 2 * gain
-        by_m0 = -m0 / (rho + floor) * gain - ratio * dgain
-        return np.stack([by_rho, by_m0], axis=-1)
+    ln(g / a) = ln(m0 / (1 + r0)) + (lambda + 1) (ln(1 + (1 - rho*) / m0) - ln R(rho*)). At rho* = -r0 only
+    memory is left, at rho* = 1 + m0 only experts: a vertex outside [0, 1] is a curve that is monotone on it.
+    """
+    rho, m0 = theta[..., :1], np.exp(theta[..., 1:2])
+    tiny = 1e-12
+    experts, memory = np.maximum(rho + floor, tiny), np.maximum(m0 + 1 - rho, tiny * m0)
+    tilt = np.log(memory / m0) - np.log(experts / (1 + floor))
+    log_ratio = np.clip(theta[..., 1:2] - np.log1p(floor) + (lam + 1) * tilt, -300.0, 300.0)
+    share = 1 / (1 + np.exp(-log_ratio))
+    steep = share * (1 - share)
+    free = (rho + floor > tiny) & (m0 + 1 - rho > tiny * m0)
+    by_rho = np.where(free, -steep * (lam + 1) * (1 / memory + 1 / experts), 0.0)
+    by_m0 = np.where(free, steep * (1 - (lam + 1) * (1 - rho) / memory), 0.0)
+    return share, by_rho, by_m0, steep * tilt
 
-    return basis, slope
 
+def _returns(floor: float) -> tuple[Basis, Slope]:
+    """Experts' and memory's returns, of weights 1 - w and w; theta is (rho*, ln m0) or (rho*, ln m0, lambda).
 
-def _box_cox(floor: float) -> tuple[object, object]:
+    Without lambda both are logarithms.
+    """
+
     def parts(theta: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
-        rho, lam = theta[..., :1], theta[..., 2:3]
-        gain, dgain, m0 = _memory_return(theta, x)
-        kept = np.log((x + floor) / (1 + floor)) + 0 * rho
-        # ln of g / a from the first-order condition at rho*
-        log_kept, log_gain = np.log((rho + floor) / (1 + floor)), np.log1p((1 - rho) / m0)
-        log_ratio = np.log(m0 / (1 + floor)) + (lam + 1) * (log_gain - log_kept)
-        return rho, lam, gain, dgain, m0, kept, log_kept, log_gain, np.exp(np.minimum(log_ratio, 300.0))
+        lam = theta[..., 2:3] if theta.shape[-1] == 3 else np.zeros_like(theta[..., :1])
+        m0 = np.exp(theta[..., 1:2])
+        kept = np.log((x + floor) / (1 + floor)) + 0 * m0
+        return lam, m0, kept, np.log1p((1.0 - x) / m0)
 
     def basis(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        _, lam, gain, _, _, kept, _, _, ratio = parts(theta, x)
-        return -boxcox.z(kept, lam) - ratio * boxcox.z(gain, lam)
+        lam, _, kept, gain = parts(theta, x)
+        share = _balance(theta, lam, floor)[0]
+        if theta.shape[-1] == 2:
+            return -(1 - share) * kept - share * gain
+        return -(1 - share) * boxcox.z(kept, lam) - share * boxcox.z(gain, lam)
 
     def slope(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
-        rho, lam, gain, dgain, m0, kept, log_kept, log_gain, ratio = parts(theta, x)
-        z_gain = boxcox.z(gain, lam)
-        by_rho = ratio * (lam + 1) * (1 / (m0 + 1 - rho) + 1 / (rho + floor)) * z_gain
-        d_log_ratio = 1 - (lam + 1) * (1 - rho) / (m0 + 1 - rho)
-        by_m0 = -ratio * d_log_ratio * z_gain - ratio * boxcox.dz_dlog(gain, lam) * dgain
-        by_lam = (
-            -boxcox.dz_dalpha(kept, lam)
-            - ratio * (log_gain - log_kept) * z_gain
-            - ratio * boxcox.dz_dalpha(gain, lam)
+        lam, m0, kept, gain = parts(theta, x)
+        share, by_rho, by_m0, by_lam = _balance(theta, lam, floor)
+        less = (1.0 - x) / (m0 + 1.0 - x)
+        if theta.shape[-1] == 2:
+            trade = kept - gain
+            return np.stack([trade * by_rho, trade * by_m0 + share * less], axis=-1)
+        trade = boxcox.z(kept, lam) - boxcox.z(gain, lam)
+        own = -(1 - share) * boxcox.dz_dalpha(kept, lam) - share * boxcox.dz_dalpha(gain, lam)
+        return np.stack(
+            [
+                trade * by_rho,
+                trade * by_m0 + share * boxcox.dz_dlog(gain, lam) * less,
+                trade * by_lam + own,
+            ],
+            axis=-1,
         )
-        return np.stack(np.broadcast_arrays(by_rho, by_m0, by_lam), axis=-1)
 
     return basis, slope
 
@@ -129,33 +148,34 @@ def allocation_families(floor: float = FLOOR) -> tuple[Family, ...]:
         slope=_cubic_slope,
         check_only=True,
     )
-    basis, slope = _log_saturating(floor)
+    basis, slope = _returns(floor)
 
     def returns(theta: np.ndarray, amplitude: float) -> dict[str, float]:
-        m0 = float(np.exp(theta[1]))
-        return {"g": amplitude * (m0 + 1 - float(theta[0])) / (float(theta[0]) + floor)}
+        lam = float(theta[2]) if len(theta) == 3 else 0.0
+        share = float(_balance(theta, lam, floor)[0][0])
+        return {"a": (1 - share) * amplitude, "g": share * amplitude}
 
     log_saturating = Family(
         name="log-saturating",
         formula="E - a ln R - g ln(1 + (1 - rho)/m0)",
-        amplitude="a",
-        axes=(SHARE, SATURATION),
-        basis=basis,  # type: ignore[arg-type]
-        slope=slope,  # type: ignore[arg-type]
+        amplitude="a+g",
+        axes=(_share_axis(floor, 51), SATURATION),
+        basis=basis,
+        slope=slope,
         derived=returns,
     )
-    basis, slope = _box_cox(floor)
     general = Family(
         name="box-cox",
         formula="E - a z_lambda(R) - g z_lambda(1 + (1 - rho)/m0)",
-        amplitude="a",
+        amplitude="a+g",
         axes=(
-            Axis(name="rho*", grid=np.linspace(0.0, 1.0, 41), edge=UNIT),
+            _share_axis(floor, 41),
             Axis(name="m0", grid=np.log(np.geomspace(1e-4, 1e2, 19)), log=True, edge=SATURATION.edge),
             EXPONENT,
         ),
-        basis=basis,  # type: ignore[arg-type]
-        slope=slope,  # type: ignore[arg-type]
+        basis=basis,
+        slope=slope,
+        derived=returns,
     )
     return (
         constant,

@@ -20,7 +20,7 @@ class AllocationModel(CurveFit):
     rho: float | None
     """Where the fitted curve is lowest; None when that is outside [0, 1] or the curve has no shape."""
     interval: Interval
-    """Profile-F interval of rho*; an end is None where nothing in [0, 1] is refused."""
+    """Profile-F interval of rho*; an end is None where the end of [0, 1] is not refused."""
     over_one: float | None
     """Mean loss at rho = 1 (jump included) minus the loss at rho*, nats."""
     over_one_interval: Interval
@@ -41,11 +41,17 @@ class Optimum:
     """The headline: rho* of the best family, and the union of the intervals of all credible families."""
 
     rho: float | None
+    """Named only where the loss is U-shaped by its test and the interval is bounded on both sides."""
     interval: Interval
+    """An end is None where an optimum at that end of [0, 1] is not refused: a credible family's interval
+    reaches it, or monotone regression does. At least one end is None where rho is.
+    """
     confidence: float
     model: str | None
     members: tuple[str, ...]
     """Families with delta AICc below `allocation.CREDIBLE`."""
+    edge_members: tuple[str, ...]
+    """Those of them whose curve is lowest at an end of [0, 1]; their intervals hold that end."""
     reason: str
     """Why rho is None, or what the number rests on."""
 
@@ -62,6 +68,7 @@ class Optimum:
             "confidence": self.confidence,
             "model": self.model,
             "members": list(self.members),
+            "edge_members": list(self.edge_members),
             "reason": self.reason,
         }
 

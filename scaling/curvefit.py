@@ -14,14 +14,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import fdtri
 
 from scaling.families import Family
 from scaling.observations import MANY, Observations, pure_error
 from scaling.separable import Design, interval, quantile_f
+from scaling.tails import f_quantile
 
 Interval = tuple[float | None, float | None]
 """Lower and upper end; None where the data set no bound."""
+
+
+def union(ends: Sequence[Interval]) -> Interval:
+    """Smallest interval that holds all of `ends`; an end is None where one of them is unbounded."""
+    lows, highs = [low for low, _ in ends if low is not None], [high for _, high in ends if high is not None]
+    whole = len(ends) > 0
+    return (
+        min(lows) if whole and len(lows) == len(ends) else None,
+        max(highs) if whole and len(highs) == len(ends) else None,
+    )
+
 
 _CLOUD = {1: (241,), 2: (45, 37), 3: (19, 15, 11)}
 
@@ -282,7 +293,7 @@ def _critical(rss: float, dof: int, obs: Observations, confidence: float) -> tup
     if inner >= 1 and outer >= 1 and within > 0:
         between = max(rss - within, 0.0)
         ratio = (between / outer) / (within / inner)
-        if ratio > fdtri(outer, inner, 0.95):
+        if ratio > f_quantile(outer, inner, 0.95):
             sigma2, free = between / outer, float(outer)
     return rss + sigma2 * quantile_f(confidence, free), sigma2
 

@@ -53,7 +53,7 @@ class Truth:
     def from_fit(cls, fit: AllocationFit) -> Truth:
         """The log + saturating-log curve of a fit."""
         model = fit.model("log-saturating")
-        if model.rho is None or model.params["a"] <= 0:
+        if model.rho is None or model.params["a+g"] <= 0:
             raise ScalingError(
                 "The fit has no log-saturating optimum inside (0, 1) to plan from; state one instead."
             )
@@ -67,7 +67,8 @@ class Truth:
     def __call__(self, rho: np.ndarray) -> np.ndarray:
         """Loss at rho [n] above a level of zero, nats."""
         theta = np.array([self.optimum, math.log(self.m0)])
-        return self.a * _family(self.floor).basis(theta, np.asarray(rho, dtype=float))
+        both = self.a * (self.m0 + 1 + self.floor) / (self.optimum + self.floor)  # a + g
+        return both * _family(self.floor).basis(theta, np.asarray(rho, dtype=float))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,12 +180,10 @@ def sweep_power(
         return grid[at] + np.clip(share, 0, 1) * (grid[out] - grid[at])
 
     low, high = edge(first, np.maximum(first - 1, 0)), edge(last, np.minimum(last + 1, len(grid) - 1))
-    bounded = any_inside & (first > 0) & (last < len(grid) - 1)
+    bounded = any_inside & (low > 0) & (high < 1)
     width = np.where(bounded | ~any_inside, np.where(any_inside, high - low, 0.0), np.inf)
     median = float(np.median(width))
-    covers = np.where(first == 0, True, low <= truth.optimum) & np.where(
-        last == len(grid) - 1, True, truth.optimum <= high
-    )
+    covers = (low <= truth.optimum) & (truth.optimum <= high)
     weight = np.full(len(cells), float(seeds))
     means = y.reshape(simulations, seeds, len(cells)).mean(1)
     tested = min(simulations, 100)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from scipy.special import fdtr
 
 from scaling.allocation import budgets, expert_floor
-from scaling.curvefit import Interval
+from scaling.curvefit import Interval, union
 from scaling.errors import ScalingError
 from scaling.frame import Source, budget_groups, finished, numbers, read
 from scaling.joint_law import FORMS, Form, JointData, curve, optimum_at, residuals
@@ -20,6 +19,7 @@ from scaling.joint_results import Drift, Forecast, JointFit, JointModel
 from scaling.levenberg import Function, extremes, minimise
 from scaling.observations import MANY, MOST, Observations, build, observe
 from scaling.separable import quantile_f
+from scaling.tails import f_cdf
 
 STABLE = 0.05
 """Largest |rho*(C_max) - rho*(C_min)| that may still be called stable, when its whole interval lies within.
@@ -108,8 +108,8 @@ def analyse(
         headline = min(moving, key=lambda m: m.delta_aicc or 0.0)
         for budget in (*data.budget.tolist(), float(data.budget.max()) * forecast):
             each = {m.name: m.forecast(budget) for m in moving}
-            union = _union([item.interval for item in each.values()])
-            forecasts.append(dataclasses.replace(each[headline.name], union=union))
+            joined = union([item.interval for item in each.values()])
+            forecasts.append(dataclasses.replace(each[headline.name], union=joined))
     return JointFit(
         n=len(data.loss) + data.merged,
         budgets=tuple(data.budget.tolist()),
@@ -274,11 +274,6 @@ def _starts(form: Form, data: JointData, count: int = 4) -> np.ndarray:
     return np.stack([theta for _, theta in tried[:count]])
 
 
-def _union(ends: list[Interval]) -> Interval:
-    lows, highs = [low for low, _ in ends if low is not None], [high for _, high in ends if high is not None]
-    return min(lows) if len(lows) == len(ends) else None, max(highs) if len(highs) == len(ends) else None
-
-
 def _drift(models: list[JointModel], moving: list[JointModel], data: JointData) -> Drift:
     free = next(m for m in models if m.form == FORMS[1])
     fixed = next(m for m in models if m.form == FORMS[0])
@@ -286,7 +281,7 @@ def _drift(models: list[JointModel], moving: list[JointModel], data: JointData) 
     if free.rss is not None and fixed.rss is not None and free.rss > 0 and not data.known:
         extra = fixed.dof - free.dof
         p_value = 1 - float(
-            fdtr(extra, free.dof, max(fixed.rss - free.rss, 0.0) / extra / (free.rss / free.dof))
+            f_cdf(extra, free.dof, max(fixed.rss - free.rss, 0.0) / extra / (free.rss / free.dof))
         )
     if not moving:
         nothing: Interval = (None, None)
@@ -307,7 +302,7 @@ def _drift(models: list[JointModel], moving: list[JointModel], data: JointData) 
     ends = {model.name: model.interval_of(difference(model)) for model in moving}
     headline = min(moving, key=lambda m: m.delta_aicc or 0.0)
     value = float(difference(headline)(headline.theta[None])[0])
-    low, high = _union(list(ends.values()))
+    low, high = union(list(ends.values()))
     verdict = "undetermined"
     if low is not None and low > 0:
         verdict = "rises with compute"

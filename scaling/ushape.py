@@ -4,7 +4,12 @@ The verdict rests on a parametric bootstrap of monotone against valley-shaped re
 direction (isotonic likelihood ratio: Robertson, Wright & Dykstra 1988; p of an intersection-union test is
 the larger one). The statistic is (RSS_monotone - RSS_valley) / s^2. Under the null, losses are drawn about
 the fitted monotone curve, and s^2 is drawn as chi-squared with its own degrees of freedom, so that few runs
-are paid for as in an F test.
+are paid for as in an F test. Turned upside down the same test finds a hill.
+
+A test against a valley takes a valley for granted, so every word also needs that its own shape is not
+refused: RSS_shape / s^2 against draws about the fitted shape. Where the valley and the hill are both
+refused, the curve is neither. "Flat" needs a scatter that is known from elsewhere than the residuals: any
+curve is flat compared with its own deviations.
 
 The slope test (Lind & Mehlum 2010) and the two-lines test (Simonsohn 2018) are printed beside it because
 readers ask for them. They decide nothing here: the first rejects on saturating monotone curves 45 to 100 %
@@ -14,14 +19,15 @@ of the time, the second needs about thirty points.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtr
 
 from scaling.observations import Observations
 from scaling.separable import quantile_t
+from scaling.tails import t_cdf
 from scaling.unimodal import antitonic, isotonic, valley, valley_fit
 
 DRAWS = 1999
@@ -52,20 +58,45 @@ class Contrast:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """What the tests take as the scatter of runs."""
+
+    variance: float
+    """Of an observation of weight 1; 0 when there is nothing to take it from."""
+    dof: float
+    """Degrees of freedom of `variance`, infinite when it is known."""
+    source: str
+    about: str = ""
+    """The family whose residuals it comes from; empty when it is known or comes from replicates."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class UShape:
     """What the data say about the shape, in words that a test stands behind."""
 
     verdict: str
-    """"U-shaped", "monotone falling", "monotone rising", "flat" or "undetermined"."""
+    """"U-shaped", "inverted-U", "monotone falling", "monotone rising", "neither" (no curve with one turn
+    fits), "flat" or "undetermined".
+    """
     p_value: float | None
-    """The larger of the two directional p values."""
+    """The larger of the two directional p values; small for a U."""
     method: str
     p_no_rise: float | None
-    """p of "the loss never rises with rho"; small when the right arm is real."""
+    """p of "the loss never rises with rho" against a valley; small when the right arm is real."""
     p_no_fall: float | None
-    """p of "the loss never falls with rho"; small when the left arm is real."""
+    """p of "the loss never falls with rho" against a valley; small when the left arm is real."""
+    p_inverted: float | None
+    """The larger of the two directional p values against a hill; small for an inverted U."""
+    p_monotone_fit: float | None
+    """p of "the curve is monotone", the better direction, against any differences between rho."""
+    p_valley_fit: float | None
+    """p of "the curve falls, then rises" (either arm may be absent) against any differences."""
+    p_hill_fit: float | None
+    """p of "the curve rises, then falls" against any differences."""
     p_flat: float | None
-    """p of "the loss does not depend on rho" (F test between cells, or against the residual SD)."""
+    """p of "the loss does not depend on rho" (F test between cells); None when the scatter is known only
+    from the residuals of the constant.
+    """
     sd: float | None
     """SD of one run in nats that the tests use, from `sd_source`."""
     sd_source: str
@@ -139,6 +170,27 @@ def directional_p(
     return found[0], found[1]
 
 
+def fit_p(
+    y: np.ndarray,
+    fit: np.ndarray,
+    weight: np.ndarray,
+    scatter: Scatter,
+    rss: Callable[[np.ndarray], np.ndarray],
+    rng: np.random.Generator,
+) -> float:
+    """p of "the means y [n] have the shape that `fit` [n] has"; rss maps means [S, n] to the least RSS [S]
+    of that shape.
+    """
+    noise = rng.standard_normal((DRAWS, len(y))) * np.sqrt(scatter.variance / weight)
+    null = rss(fit + noise) / _scale(scatter.dof, DRAWS, rng)
+    observed = float(rss(y[None])[0])
+    return (1 + int((null >= observed * (1 - 1e-9)).sum())) / (DRAWS + 1)
+
+
+def _scale(dof: float, draws: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.chisquare(dof, draws) / dof if math.isfinite(dof) else np.ones(draws)
+
+
 def two_lines_p(obs: Observations, at: float) -> float | None:
     """Larger one-sided p of "falls left of `at`" and "rises right of it", each from a straight line with
     HC3 errors.
@@ -155,7 +207,7 @@ def two_lines_p(obs: Observations, at: float) -> float | None:
         lever = np.clip(np.einsum("ni,ij,nj->n", design, inverse, design), 0.0, 1 - 1e-9)
         meat = design.T @ (design * (rest / (1 - lever))[:, None] ** 2)
         error = math.sqrt(max((inverse @ meat @ inverse)[1, 1], 1e-300))
-        sides.append(float(stdtr(len(x) - 2, -sign * coefficient[1] / error)))
+        sides.append(t_cdf(len(x) - 2, -sign * float(coefficient[1]) / error))
     return max(sides)
 
 
@@ -177,91 +229,108 @@ def slope_p(obs: Observations) -> float | None:
         row[1:3] = 1.0, 2 * x
         error = math.sqrt(max(sd2 * float(row @ inverse @ row), 1e-300))
         t = sign * float(row @ coefficient) / error
-        values.append(float(stdtr(dof if not obs.known else 1e6, -t)))
+        values.append(t_cdf(math.inf if obs.known else dof, -t))
     return max(values)
 
 
-def judge(
-    obs: Observations, sd2: float, dof: float, source: str, *, seed: int = 0, confidence: float = 0.95
-) -> UShape:
-    """The verdict for one curve; sd2 is the variance of an observation of weight 1, with `dof` degrees of
-    freedom.
-    """
-    slope, two = slope_p(obs), None
+def judge(obs: Observations, scatter: Scatter, *, seed: int = 0, confidence: float = 0.95) -> UShape:
+    """The verdict for one curve."""
     data = cells(obs)
-    fields: dict[str, Any] = {"method": METHOD, "sd_source": source}
     unit = float(np.median(obs.weight))
-    if len(data.x) < 4 or dof < 1 or not sd2 > 0:
-        equal = obs.flat
+    known = scatter.variance > 0
+    fields: dict[str, Any] = {
+        "method": METHOD,
+        "sd": math.sqrt(scatter.variance / unit) if known else None,
+        "sd_source": scatter.source,
+        "slope_p": slope_p(obs),
+    }
+    if len(data.x) < 4 or scatter.dof < 1 or not known:
+        tests = ("p_value", "p_no_rise", "p_no_fall", "p_inverted", "p_flat", "two_lines_p")
+        fits = ("p_monotone_fit", "p_valley_fit", "p_hill_fit")
         reason = (
-            "all losses are equal"
-            if equal
-            else f"{len(data.x)} distinct rho are too few for a shape; at least 4 are needed"
+            f"{len(data.x)} distinct rho are too few for a shape; at least 4 are needed"
             if len(data.x) < 4
+            else "all losses are equal, which says nothing on how much they scatter"
+            if obs.flat
             else "no degrees of freedom are left to estimate the scatter of runs"
         )
-        return UShape(
-            **fields,
-            verdict="flat" if equal else "undetermined",
-            p_value=None,
-            p_no_rise=None,
-            p_no_fall=None,
-            p_flat=None,
-            sd=None if not sd2 > 0 else math.sqrt(sd2 / unit),
-            contrasts=(),
-            slope_p=slope,
-            two_lines_p=None,
-            reason=reason,
-        )
+        nothing: dict[str, Any] = dict.fromkeys((*tests, *fits))
+        return UShape(**fields, **nothing, verdict="undetermined", contrasts=(), reason=reason)
+    y, weight, variance, dof = data.y, data.weight, scatter.variance, scatter.dof
     rng = np.random.default_rng(seed)
-    no_rise, no_fall = (float(p[0]) for p in directional_p(data.y[None], data.weight, sd2, dof, rng))
-    level = float(data.weight @ data.y / data.weight.sum())
-    spread = float(data.weight @ (data.y - level) ** 2) / sd2
-    count = len(data.x) - 1
-    scale = rng.chisquare(dof, DRAWS) / dof if math.isfinite(dof) else np.ones(DRAWS)
-    flat = (1 + int((rng.chisquare(count, DRAWS) / scale >= spread).sum())) / (DRAWS + 1)
-    fit = valley_fit(data.y, data.weight)
-    inner = slice(1, len(data.x) - 1)
-    bottom = 1 + int(np.argmin(fit[inner] + 1e-12 * np.abs(data.y[inner] - data.y.min())))
-    contrasts = tuple(
-        _contrast(name, data, end, bottom, sd2, dof, confidence)
-        for name, end in (("left end minus bottom", 0), ("right end minus bottom", len(data.x) - 1))
+    no_rise, no_fall = (float(p[0]) for p in directional_p(y[None], weight, variance, dof, rng))
+    # upside down a rise is a fall
+    hill_no_fall, hill_no_rise = (float(p[0]) for p in directional_p(-y[None], weight, variance, dof, rng))
+    falling, rising = (
+        fit_p(
+            turn * y,
+            isotonic(turn * y, weight)[0][0],
+            weight,
+            scatter,
+            lambda z: isotonic(z, weight)[1][:, -1],
+            rng,
+        )
+        for turn in (-1.0, 1.0)
     )
-    two = two_lines_p(obs, float(data.x[bottom]))
-    p = max(no_rise, no_fall)
-    left, right = contrasts
+    a_valley, a_hill = (
+        fit_p(turn * y, valley_fit(turn * y, weight), weight, scatter, lambda z: valley(z, weight)[0], rng)
+        for turn in (1.0, -1.0)
+    )
+    level = float(weight @ y / weight.sum())
+    spread = float(weight @ (y - level) ** 2) / variance
+    null = rng.chisquare(len(y) - 1, DRAWS) / _scale(dof, DRAWS, rng)
+    flat = None
+    if scatter.about != "constant":
+        flat = (1 + int((null >= spread).sum())) / (DRAWS + 1)
+    bottom, top = _turn(y, weight), _turn(-y, weight)
     fields |= {
-        "p_value": p,
+        "p_value": max(no_rise, no_fall),
         "p_no_rise": no_rise,
         "p_no_fall": no_fall,
+        "p_inverted": max(hill_no_rise, hill_no_fall),
+        "p_monotone_fit": max(falling, rising),
+        "p_valley_fit": a_valley,
+        "p_hill_fit": a_hill,
         "p_flat": flat,
-        "sd": math.sqrt(sd2 / unit),
-        "contrasts": contrasts,
-        "slope_p": slope,
-        "two_lines_p": two,
+        "contrasts": tuple(
+            _contrast(name, data, end, bottom, variance, dof, confidence)
+            for name, end in (("left end minus bottom", 0), ("right end minus bottom", len(y) - 1))
+        ),
+        "two_lines_p": two_lines_p(obs, float(data.x[bottom])),
     }
-    if p <= SIZE and left.estimate > 0 and right.estimate > 0:
+    arms = min(y[0], y[-1]) > y[bottom]
+    if max(no_rise, no_fall) <= SIZE < a_valley and arms:
         words = "both 'never rises' and 'never falls' are rejected, and both ends lie above the bottom"
         return UShape(**fields, verdict="U-shaped", reason=words)
-    if no_fall <= SIZE < no_rise:
-        return UShape(
-            **fields,
-            verdict="monotone falling",
-            reason="'never falls' is rejected and 'never rises' is not: a right arm is not shown",
+    if max(hill_no_rise, hill_no_fall) <= SIZE < a_hill and max(y[0], y[-1]) < y[top]:
+        words = "loss rises and then falls: the lowest loss is at an end, not between them"
+        return UShape(**fields, verdict="inverted-U", reason=words)
+    if max(a_valley, a_hill) <= SIZE:
+        words = "no curve with one turn fits: the losses go up and down by more than runs scatter"
+        return UShape(**fields, verdict="neither", reason=words)
+    if no_fall <= SIZE < min(no_rise, hill_no_rise, falling):
+        words = "'never falls' is rejected and 'never rises' is not: a right arm is not shown"
+        return UShape(**fields, verdict="monotone falling", reason=words)
+    if no_rise <= SIZE < min(no_fall, hill_no_fall, rising):
+        words = "'never rises' is rejected and 'never falls' is not: a left arm is not shown"
+        return UShape(**fields, verdict="monotone rising", reason=words)
+    calm = min(no_rise, no_fall, hill_no_rise, hill_no_fall) > SIZE
+    if scatter.about and calm and (flat is None or flat > SIZE):
+        words = (
+            f"the differences between rho are within the scatter about the {scatter.about} curve, but how"
+            " much runs scatter is not known on its own: replicate seeds, or give loss_sd"
         )
-    if no_rise <= SIZE < no_fall:
-        return UShape(
-            **fields,
-            verdict="monotone rising",
-            reason="'never rises' is rejected and 'never falls' is not: a left arm is not shown",
-        )
-    if flat > SIZE:
-        return UShape(
-            **fields,
-            verdict="flat",
-            reason="the differences between rho are within the scatter of runs; a smaller U is not excluded",
-        )
-    return UShape(**fields, verdict="undetermined", reason="neither direction is rejected, nor is a shape")
+        return UShape(**fields, verdict="undetermined", reason=words)
+    if calm and flat is not None and flat > SIZE:
+        words = "the differences between rho are within the scatter of runs; a smaller U is not excluded"
+        return UShape(**fields, verdict="flat", reason=words)
+    return UShape(**fields, verdict="undetermined", reason="the tests do not agree on one shape")
+
+
+def _turn(y: np.ndarray, weight: np.ndarray) -> int:
+    """Lowest inner position of the best valley through means y [n]; the lowest mean breaks ties."""
+    inner = slice(1, len(y) - 1)
+    return 1 + int(np.argmin(valley_fit(y, weight)[inner] + 1e-12 * np.abs(y[inner] - y.min())))
 
 
 def _contrast(
@@ -270,5 +339,5 @@ def _contrast(
     estimate = float(data.y[end] - data.y[bottom])
     error = math.sqrt(sd2 * (1 / data.weight[end] + 1 / data.weight[bottom]))
     half = quantile_t(confidence, dof) * error
-    p = 2 * float(stdtr(min(dof, 1e9), -abs(estimate) / error))
+    p = 2 * t_cdf(dof, -abs(estimate) / error)
     return Contrast(name=name, estimate=estimate, interval=(estimate - half, estimate + half), p_value=p)

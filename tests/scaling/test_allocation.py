@@ -12,6 +12,7 @@ from scaling_truths import RHO, ten_points, u_curve
 
 from scaling import ScalingError, fit_allocation, fit_allocations
 from scaling.allocation import expert_floor
+from scaling.allocation_families import allocation_families
 from scaling.frame import finished, read
 
 
@@ -208,14 +209,20 @@ def test_a_wrong_option_is_one_sentence(options):
 
 def undecided(fit):
     assert fit.optimum.rho is None
+    assert None in fit.optimum.interval
     assert fit.optimum.reason
+    for model in fit.models:
+        assert " " not in model.status
     json.dumps(fit.to_dict(), allow_nan=False)
     return fit
 
 
-def test_equal_losses_are_flat():
+def test_equal_losses_are_flat_only_when_their_scatter_is_known():
     fit = undecided(fit_allocation({"rho": RHO, "loss": np.full(10, 1.7)}))
-    assert fit.u_shape.verdict == "flat"
+    assert fit.u_shape.verdict == "undetermined"
+    assert "equal" in fit.u_shape.reason
+    table = {"rho": RHO, "loss": np.full(10, 1.7), "loss_sd": np.full(10, 0.001)}
+    assert undecided(fit_allocation(table)).u_shape.verdict == "flat"
     assert fit.optimum.interval == (None, None)
 
 
@@ -228,7 +235,7 @@ def test_noise_has_no_optimum():
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_few_points_have_no_optimum(count):
     fit = undecided(fit_allocation({"rho": RHO[-count:], "loss": u_curve(RHO[-count:])}))
-    assert fit.u_shape.verdict in ("undetermined", "flat")
+    assert fit.u_shape.verdict == "undetermined"
 
 
 def test_three_points_with_many_seeds_have_no_optimum():
@@ -248,9 +255,61 @@ def test_monotone_curves_have_no_optimum(curve):
         undecided(fit)
 
 
-def test_a_hill_has_no_optimum():
-    fit = undecided(fit_allocation({"rho": RHO, "loss": 1.7 - 0.1 * (RHO - 0.5) ** 2}))
-    assert fit.u_shape.verdict != "U-shaped"
+@pytest.mark.parametrize("sd", [0.0, 0.0005])
+def test_a_hill_is_called_one_without_replicates(sd):
+    noise = sd * np.random.default_rng(0).standard_normal(10)
+    fit = undecided(fit_allocation({"rho": RHO, "loss": 1.7 - 0.1 * (RHO - 0.5) ** 2 + noise}))
+    assert fit.u_shape.verdict == "inverted-U"
+    assert fit.optimum.interval == (None, None)
+
+
+def test_a_zigzag_is_undetermined_alone_and_neither_with_replicates():
+    zigzag = np.where(np.arange(10) % 2 == 0, 1.70, 1.72) - 0.01 * RHO
+    assert undecided(fit_allocation({"rho": RHO, "loss": zigzag})).u_shape.verdict == "undetermined"
+    rng = np.random.default_rng(0)
+    table = {"rho": np.tile(RHO, 3), "loss": np.tile(zigzag, 3) + 0.001 * rng.standard_normal(30)}
+    fit = undecided(fit_allocation(table))
+    assert fit.u_shape.verdict == "neither"
+    assert fit.optimum.interval == (None, None)
+
+
+def test_flat_needs_replicates():
+    rng = np.random.default_rng(4)
+    alone = fit_allocation({"rho": RHO, "loss": 1.7 + 0.001 * rng.standard_normal(10)})
+    assert alone.u_shape.verdict == "undetermined"
+    rho = np.tile(RHO, 3)
+    assert (
+        fit_allocation({"rho": rho, "loss": 1.7 + 0.001 * rng.standard_normal(30)}).u_shape.verdict == "flat"
+    )
+
+
+@pytest.mark.parametrize(
+    ("curve", "end"),
+    [
+        (lambda x: 1.75 - 0.03 * x, 1),
+        (lambda x: 1.7 + 0.05 * np.exp(-6 * x), 1),
+        (lambda x: 1.71 - 0.02 * np.log(x + 0.06), 1),
+        (lambda x: 1.7 + 0.03 * x, 0),
+        (lambda x: 1.71 + 0.04 * x**3, 0),
+        (lambda x: 1.71 - 0.004 * np.log1p((1 - x) / 0.03), 0),
+    ],
+)
+def test_an_optimum_at_an_end_stays_in_the_interval(curve, end):
+    held = 0
+    for seed in range(8):
+        loss = curve(RHO) + 0.001 * np.random.default_rng(seed).standard_normal(10)
+        held += fit_allocation({"rho": RHO, "loss": loss}).optimum.interval[end] is None
+    assert held >= 5  # P(fewer | rate .9) < .006
+
+
+def test_a_log_curve_without_one_of_its_terms_is_an_optimum_at_an_end():
+    families = {model.name: model for model in allocation_families()}
+    x = np.linspace(0, 1, 101)
+    for name, rest in (("log-saturating", ()), ("box-cox", (0.5,))):
+        only_experts = families[name].basis(np.array([1.2, np.log(0.05), *rest]), x)
+        only_memory = families[name].basis(np.array([-0.06, np.log(0.05), *rest]), x)
+        assert (np.diff(only_experts) < 0).all()
+        assert (np.diff(only_memory) > 0).all()
 
 
 def test_an_optimum_outside_the_runs_is_not_claimed():

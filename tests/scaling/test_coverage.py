@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from scaling import fit_allocation
+from scaling.curvefit import union
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "scaling_coverage.py"
 SPEC = importlib.util.spec_from_file_location("scaling_coverage", PATH)
@@ -24,9 +25,23 @@ CELLS = {f"{cell.group}: {cell.name}": cell for cell in coverage.cells()}
 def test_the_simulated_question_is_the_one_the_headline_answers(name):
     rng = np.random.default_rng(2)
     y = coverage.truth(name, coverage.RHO) + 0.002 * rng.standard_normal((5, 10))
-    ends = [fit_allocation({"rho": coverage.RHO, "loss": row}).optimum.interval for row in y]
+    fits = [fit_allocation({"rho": coverage.RHO, "loss": row}) for row in y]
+    ends = [union([fit.model(member).interval for member in fit.optimum.members]) for fit in fits]
     for value in (0.82, 0.75, 0.7):
         assert coverage.union_covers(y, value).tolist() == [coverage.holds(pair, value) for pair in ends]
+    for fit, pair in zip(fits, ends, strict=True):
+        assert fit.u_shape.verdict != "U-shaped" or fit.optimum.interval == pair
+
+
+def test_the_simulated_end_is_the_one_the_headline_leaves_open():
+    rng = np.random.default_rng(0)
+    mean = coverage.MONOTONE["falling, saturating"](coverage.RHO)
+    y = mean + 0.001 * rng.standard_normal((8, 10))
+    open_ends = sum(
+        fit_allocation({"rho": coverage.RHO, "loss": row}).optimum.interval[1] is None for row in y
+    )
+    hits = coverage.end_covers(mean, 1.0, 0.001, 8, np.random.default_rng(0))
+    assert hits == open_ends == 8
 
 
 def test_a_cell_is_judged_by_exact_binomial_tests():
@@ -48,6 +63,8 @@ def test_a_cell_is_judged_by_exact_binomial_tests():
         "joint law: rho*(C_max) - rho*(C_min), SD 0.001",
         "U test, size: falling, saturating, SD 0.001",
         "U test, size: flat, SD 0.001",
+        "rho*, headline at an end: falling, saturating, SD 0.001",
+        "rho*, headline at an end: rising, cubic, SD 0.001",
     ],
 )
 def test_reduced_coverage(name):

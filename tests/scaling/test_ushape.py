@@ -5,11 +5,11 @@ import pytest
 from scaling_truths import RHO, ten_points, u_curve
 
 from scaling.observations import build
-from scaling.ushape import cells, directional_p, judge, slope_p, two_lines_p
+from scaling.ushape import Scatter, cells, directional_p, judge, slope_p, two_lines_p
 
 
 def shape(y, sd, dof=8.0, seed=0):
-    return judge(build(x=RHO, y=y), sd**2, dof, "test", seed=seed)
+    return judge(build(x=RHO, y=y), Scatter(variance=sd**2, dof=dof, source="test"), seed=seed)
 
 
 def test_a_clear_u_is_named_and_its_contrasts_are_positive():
@@ -75,6 +75,74 @@ def test_two_lines_find_a_v_with_many_points():
 
 
 def test_too_few_cells_give_a_reason():
-    result = judge(build(x=np.array([0.1, 0.5, 1.0]), y=np.array([1.0, 0.9, 1.0])), 1e-6, 5.0, "test")
+    result = judge(
+        build(x=np.array([0.1, 0.5, 1.0]), y=np.array([1.0, 0.9, 1.0])),
+        Scatter(variance=1e-6, dof=5.0, source="test"),
+    )
     assert result.verdict == "undetermined"
     assert "too few" in result.reason
+
+
+ZIGZAG = np.where(np.arange(10) % 2 == 0, 1.70, 1.72)
+
+
+@pytest.mark.parametrize(
+    ("curve", "word"),
+    [
+        (1.7 - 0.08 * (RHO - 0.5) ** 2, "inverted-U"),
+        (1.7 - 0.08 * (RHO - 0.4) ** 2, "inverted-U"),
+        (ZIGZAG, "neither"),
+        (ZIGZAG - 0.06 * RHO, "neither"),
+        (ZIGZAG + 0.06 * RHO, "neither"),
+        (1.7 + 0.02 * np.cos(4 * np.pi * RHO), "neither"),
+    ],
+)
+def test_shapes_that_are_no_u_have_their_own_words(curve, word):
+    found = [
+        shape(curve + 0.001 * np.random.default_rng(seed).standard_normal(10), 0.001, dof=20.0).verdict
+        for seed in range(10)
+    ]
+    assert found.count(word) >= 8  # P(fewer | rate .95) < .02
+    assert "U-shaped" not in found
+
+
+def test_flat_is_said_of_flat_losses_whose_scatter_is_known():
+    found = [
+        shape(1.7 + 0.001 * np.random.default_rng(seed).standard_normal(10), 0.001, dof=20.0).verdict
+        for seed in range(40)
+    ]
+    assert found.count("flat") >= 28  # each of four tests errs in 5 % at most: P(fewer | rate .85) < .01
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        RHO * 0,
+        1.7 - 0.08 * (RHO - 0.5) ** 2,
+        ZIGZAG,
+        ZIGZAG - 0.02 * RHO,
+        1.7 + 0.02 * np.cos(4 * np.pi * RHO),
+    ],
+)
+def test_a_scatter_known_only_from_the_constant_never_says_flat(curve):
+    y = curve + 0.001 * np.random.default_rng(0).standard_normal(10)
+    scatter = Scatter(variance=float(np.var(y, ddof=1)), dof=9.0, source="residuals", about="constant")
+    result = judge(build(x=RHO, y=y), scatter)
+    assert result.p_flat is None
+    assert result.verdict in ("undetermined", "inverted-U")
+
+
+def test_upside_down_a_u_is_a_hill():
+    y = ten_points()["loss"]
+    up, down = shape(y, 0.0005), shape(-y, 0.0005)
+    assert (up.verdict, down.verdict) == ("U-shaped", "inverted-U")
+    assert down.p_inverted == pytest.approx(up.p_value, abs=0.02)
+    assert down.p_hill_fit == pytest.approx(up.p_valley_fit, abs=0.06)
+
+
+def test_the_fit_of_a_true_shape_is_rarely_refused():
+    draws = [
+        shape(u_curve(RHO) + 0.002 * np.random.default_rng(s).standard_normal(10), 0.002, seed=s)
+        for s in range(40)
+    ]
+    assert sum(result.p_valley_fit <= 0.05 for result in draws) <= 8  # P(more | rate .05) < 1e-3
