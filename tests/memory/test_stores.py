@@ -14,13 +14,15 @@ from torch import Tensor
 
 from engram_lab.errors import UserError
 from engram_lab.memory import room
+from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.host import HostStore, map_records
+from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.stores import DeviceStore, RowStore, fill
 
 Make = Callable[[int, int], RowStore]
 
 
-@pytest.fixture(params=["device", "host"])
+@pytest.fixture(params=["device", "host", "disk", "disk without cache"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     """Open empty stores of one kind; they are closed in the end."""
     opened: list[RowStore] = []
@@ -28,8 +30,13 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
     def build(rows: int, record_bytes: int) -> RowStore:
         if request.param == "device":
             store: RowStore = DeviceStore(rows, record_bytes)
-        else:
+        elif request.param == "host":
             store = HostStore(rows, record_bytes, threads=2)
+        else:
+            layout = RecordLayout(row_dim=record_bytes // 4, rule=None, alignment=4)
+            cached = rows // 3 if request.param == "disk" else 0
+            path = tmp_path / f"{len(opened)}.rows"
+            store = DiskStore(path, layout, rows, "test", cache_rows=cached, threads=4)
         opened.append(store)
         return store
 
@@ -177,7 +184,7 @@ def test_too_little_memory_is_said_before_any_is_taken(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"lower engram.rows_per_head"):
         DeviceStore(10**10, 10**5)
     monkeypatch.setattr("engram_lab.memory.room.available_memory", lambda: 999)
-    with pytest.raises(UserError, match="need 0.0 GiB"):
+    with pytest.raises(UserError, match=r"need 0\.0 GiB"):
         HostStore(10, 100)
 
 

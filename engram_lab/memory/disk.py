@@ -1,0 +1,345 @@
+"""The disk tier: records in one file that is updated in place, with the rows read most kept in memory.
+
+    block 0: magic, CRC-32 and length of the header; header (JSON) | records [R] | zeros to a whole block
+
+A store that is written reads through the page cache: a record is smaller than a page, and writing it into a
+page that is not in memory costs another read, during which the kernel lets no other write through (12
+thousand writes a second, against 250 to 600 thousand where the page was read shortly before). A store that is
+only read goes around the page cache, so that its memory is the cache given to it and nothing else is evicted.
+Reads are what deep queues make fast: 8 thousand a second in one thread, 58 thousand in 64 (4 KiB, random).
+Figures of benchmarks/gather_rows.py on two virtual cores and a virtual disk; io_uring needs more than Python.
+
+Shapes: n records moved, R rows, S bytes of one record.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engram_lab.errors import UserError
+from engram_lab.memory.disk_copy import (
+    BLOCK,
+    ENDED,
+    bring_in,
+    find_runs,
+    read_buffered,
+    read_direct,
+    room_for,
+    write_runs,
+)
+from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.room import available_memory, require_disk
+from engram_lab.memory.row_cache import RowCache
+from engram_lab.memory.row_copy import Workers, check_ids
+from engram_lab.memory.written_log import WrittenLog
+
+MAGIC, VERSION = b"ENGRDISK", 1
+THREADS = 64  # reads under way at once
+READ_GRAIN = 8  # records a thread: a read takes 50 to 100 microseconds
+WRITERS = 4  # the kernel lets one write through at a time; more threads only wait
+LONGEST_WRITE = 1 << 24
+
+
+class DiskStore:
+    """Records in a file; several readers may share one, a writer has it alone.
+
+    A store that is written keeps a log (memory/written_log.py), written before the rows, so that the file can
+    be brought back to a checkpoint by putting back only what was written since. After an error of the disk,
+    reading and writing raise it again and the log stays as it is: the checkpoint can still be restored.
+
+    Args:
+        path: the file; created, with all bytes reserved, where there is none and `writable` allows it.
+        layout: of the records.
+        rows: R.
+        fingerprint: of all else that decides what a row means (hash version, tables, seed).
+        writable: False to read only.
+        cache_rows: rows kept in memory; None takes a sixteenth of all, or what fits a quarter of the
+            available memory if that is less; 0 keeps none.
+        threads: that read; None takes 64.
+
+    Attributes:
+        reads, hits: rows read, and those of them found in memory.
+        bytes_read: bytes of the records that were read from the file.
+
+    Raises:
+        UserError: no room on the disk or in memory, or a file that is in use, cut short, damaged, or of other
+            rows.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        path: Path,
+        layout: RecordLayout,
+        rows: int,
+        fingerprint: str,
+        *,
+        writable: bool = True,
+        cache_rows: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.path, self.rows, self.record_bytes = path, rows, layout.record_bytes
+        self.reads = self.hits = self.bytes_read = 0
+        self._failure = ""
+        expected = {"version": VERSION, "layout": layout.describe(), "rows": rows, "fingerprint": fingerprint}
+        if writable and not path.exists():
+            _create(path, expected, _size(rows, self.record_bytes))
+        if cache_rows is None:
+            cache_rows = min(rows // 16, available_memory() // 4 // self.record_bytes)
+        self._cache = RowCache(min(cache_rows, rows), self.record_bytes) if cache_rows else None
+        self._lock, self._writing = threading.Lock(), threading.Lock()
+        self._file, self._direct = _open(path, writable)
+        try:
+            _check(self._file, path, expected, _size(rows, self.record_bytes))
+            if not writable and not any(path.parent.glob(f"{path.name}.written-*")):
+                raise UserError(f"{path} was never filled to the end; train or import its table first.")
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._log = WrittenLog(path, rows) if writable else None
+        self._workers = Workers(threads or THREADS)
+
+    def read(self, ids: Tensor, out: Tensor) -> None:
+        """Copy records `ids` [n] to the first n of `out`; UserError when the disk fails."""
+        self._raise_failure()
+        numbers = check_ids(ids, self.rows)
+        assert out.is_contiguous(), out.stride()
+        assert out.shape[1] == self.record_bytes, out.shape
+        if len(out) < len(numbers):
+            raise IndexError(f"{len(numbers)} rows asked for, the buffer holds {len(out)}")
+        if self._cache is None:
+            missing, given = np.arange(len(numbers)), None
+        else:
+            with self._lock:
+                slots, given = self._cache.find(numbers)
+                (found,), (missing,) = np.nonzero(slots >= 0), np.nonzero(slots < 0)
+                self._copy(self._cache.records, slots[found], out, found)
+        with self._lock:
+            self.reads += len(numbers)
+            self.hits += len(numbers) - len(missing)
+            self.bytes_read += len(missing) * self.record_bytes
+        if not len(missing):
+            return
+        order = missing[np.argsort(numbers[missing], kind="stable")]
+        self._read_file(numbers[order], out, order)
+        if self._cache is not None and given is not None:
+            with self._lock:
+                # Not where a write has put newer bytes meanwhile.
+                (waiting,) = np.nonzero(self._cache.loaded(given))
+                self._copy(out, waiting, self._cache.records, given[waiting])
+
+    def write(self, ids: Tensor, records: Tensor) -> None:
+        """Replace records `ids` [n], distinct, by the first n of `records`; UserError when the disk fails."""
+        log = self._open_log
+        self._raise_failure()
+        numbers = check_ids(ids, self.rows)
+        assert len(records) >= len(numbers), (len(records), len(numbers))
+        ascending, packed = numbers, records
+        if np.any(numbers[1:] < numbers[:-1]):
+            order = np.argsort(numbers)
+            ascending, packed = numbers[order], torch.empty_like(records[: len(numbers)])
+            self._copy(records, order, packed, np.arange(len(order)))
+        with self._writing:
+            self._attempt(lambda: log.add(numbers), "logged beside")
+            self._write_file(ascending, packed)
+            if self._cache is not None:
+                # After the file: a reader that has just missed a row holds old bytes, to be replaced.
+                with self._lock:
+                    slots = self._cache.replaced(numbers)
+                    (held,) = np.nonzero(slots >= 0)
+                    self._copy(records, held, self._cache.records, slots[held])
+
+    def sync(self) -> None:
+        """Return when all that was written would survive a loss of power."""
+        if self._log is not None:
+            self._attempt(lambda: os.fdatasync(self._file), "made durable in")
+
+    def mark(self, checkpoint: str) -> None:
+        """Note that the store is now as in `checkpoint`, in case that is what will be restored."""
+        log = self._open_log
+        self._attempt(lambda: log.mark(checkpoint), "logged beside")
+
+    def start_log(self, checkpoint: str | None) -> None:
+        """Forget what was written before `checkpoint`, the last one marked, or marked now.
+
+        With None the store is in no known state, and must be written whole.
+        """
+        log = self._open_log
+        self._attempt(log.forget if checkpoint is None else lambda: log.only(checkpoint), "logged beside")
+
+    def written_since(self, checkpoints: Collection[str]) -> Tensor | None:
+        """Return at least the rows written since one of these was marked, int64 ascending.
+
+        None when the log has none of them: the store may be in any state.
+        """
+        return self._open_log.since(checkpoints)
+
+    def close(self) -> None:
+        """End the threads, make the file durable and close it."""
+        if self._file < 0:
+            return
+        self._workers.close()
+        try:
+            if not self._failure:
+                self.sync()
+        finally:
+            if self._log is not None:
+                self._log.close(durable=not self._failure)
+            os.close(self._file)
+            self._file = -1
+
+    @property
+    def _open_log(self) -> WrittenLog:
+        assert self._log is not None, "the store was opened to be read only"
+        return self._log
+
+    def _copy(self, source: Tensor, sources: np.ndarray, target: Tensor, targets: np.ndarray) -> None:
+        self._workers.copy(source, torch.from_numpy(sources), target, torch.from_numpy(targets))
+
+    def _read_file(self, ids: np.ndarray, out: Tensor, places: np.ndarray) -> None:
+        def part(first: int, last: int) -> None:
+            mine, S = slice(first, last), self.record_bytes
+            which = self._file, BLOCK, ids[mine], out.data_ptr(), places[mine], S
+            if self._direct:
+                self._succeeded(read_direct(*which, room_for(S)), "read from")
+            else:
+                self._succeeded(read_buffered(*which), "read from")
+
+        self._workers.share(len(ids), part, READ_GRAIN)
+
+    def _write_file(self, ids: np.ndarray, records: Tensor) -> None:
+        S = self.record_bytes
+        runs = find_runs(ids, max(1, LONGEST_WRITE // S))
+
+        def prepare(first: int, last: int) -> None:
+            mine, byte = runs[first : last + 1], np.empty(1, dtype=np.uint8)
+            self._succeeded(bring_in(self._file, BLOCK, ids, mine, S, byte), "read from")
+
+        def part(first: int, last: int) -> None:
+            mine = runs[first : last + 1]
+            self._succeeded(write_runs(self._file, BLOCK, ids, mine, records.data_ptr(), S), "written to")
+
+        self._workers.share(len(runs) - 1, prepare, READ_GRAIN)
+        self._workers.share(len(runs) - 1, part, max(256, -(-len(runs) // WRITERS)))
+
+    def _attempt(self, action: Callable[[], object], what: str) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._fail(what, error.strerror or str(error))
+
+    def _succeeded(self, result: int, what: str) -> None:
+        if result:
+            self._fail(what, "the file ends too early" if result == ENDED else os.strerror(result))
+
+    def _fail(self, what: str, reason: str) -> None:
+        self._failure = (
+            f"Rows cannot be {what} {self.path}: {reason}; mend the disk or make room there, then resume "
+            "from the last checkpoint, which is intact."
+        )
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure:
+            raise UserError(self._failure)
+
+
+def _size(rows: int, record_bytes: int) -> int:
+    return BLOCK + -(-rows * record_bytes // BLOCK) * BLOCK
+
+
+def _create(path: Path, header: dict[str, Any], size: int) -> None:
+    """Make a file of zeros with its header, under its name only when it is whole."""
+    remedy = "choose another memory.directory, or lower engram.rows_per_head"
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        require_disk(size, path.parent, remedy)
+        for log in path.parent.glob(f"{path.name}.written-*"):  # of a file that is gone
+            log.unlink()
+        text = json.dumps(header).encode()
+        start = MAGIC + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
+        assert len(start) <= BLOCK, "the fingerprint is too long"
+        with partial.open("xb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            file.write(start)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise UserError(
+            f"The table's file {path} cannot be made: {error.strerror or error}; {remedy}."
+        ) from error
+
+
+def _open(path: Path, writable: bool) -> tuple[int, bool]:
+    """Return a locked descriptor and whether it goes around the page cache."""
+    direct = not writable
+    try:
+        try:
+            file = os.open(path, os.O_RDWR if writable else os.O_RDONLY | os.O_DIRECT)
+        except OSError as error:
+            if writable or error.errno != errno.EINVAL:
+                raise
+            file, direct = os.open(path, os.O_RDONLY), False  # a file system without direct reads
+    except OSError as error:
+        raise UserError(
+            f"The table's file {path} cannot be opened: {error.strerror}; check memory.directory."
+        ) from error
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(file)
+        raise UserError(
+            f"The table's file {path} is in use by another process; end it, or choose another "
+            "memory.directory."
+        ) from error
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
+    return file, direct
+
+
+def _check(file: int, path: Path, expected: dict[str, Any], size: int) -> None:
+    """Raise a UserError unless the file is whole and holds what is expected."""
+    remedy = f"remove {path.parent} to build the table anew, or choose another memory.directory"
+    with path.open("rb") as whole:
+        block = whole.read(BLOCK)
+    found = os.fstat(file).st_size
+    if block[:8] != MAGIC:
+        raise UserError(f"{path} is not a table of rows, or its beginning is damaged; {remedy}.")
+    checksum, length = (int.from_bytes(block[a : a + 4], "little") for a in (8, 12))
+    text = block[16 : 16 + length]
+    if len(text) != length or zlib.crc32(text) != checksum:
+        raise UserError(f"The header of the table's file {path} is damaged; {remedy}.")
+    header = json.loads(text)
+    if header["version"] != VERSION:
+        raise UserError(f"{path} has format {header['version']}, and this version reads {VERSION}; {remedy}.")
+    for name, value in (*expected["layout"].items(), ("rows", expected["rows"])):
+        theirs = header["rows"] if name == "rows" else header["layout"].get(name)
+        if theirs != value:
+            raise UserError(
+                f"{path} holds rows of {name} {theirs!r}, and this run needs {value!r}; {remedy}."
+            )
+    if header["fingerprint"] != expected["fingerprint"]:
+        raise UserError(
+            f"{path} holds rows of another table, hash version or seed ({header['fingerprint']!r}, and this "
+            f"run needs {expected['fingerprint']!r}); {remedy}."
+        )
+    if found < size:
+        raise UserError(f"{path} was cut short: it has {found:,} of {size:,} bytes; {remedy}.")
