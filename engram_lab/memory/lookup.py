@@ -1,0 +1,172 @@
+"""Tables that are only read: a look-up begins with the forward pass and is joined where the module needs it.
+
+    few rows:   hash ─> kernel reads the rows over the bus ─> decode ──┐     side stream, no host; CUDA graphs
+    many rows:  hash ─> addresses to the host ─> threads gather into
+                pinned memory ─> copy engine ─> decode ────────────────┤     side streams and a thread
+    block 0 ───────────────────────────────────────────────────────────┴─> join ─> the module
+
+Rows are not made unique first: on text a third to a half of them repeat, but finding out which takes longer
+than the threads need to copy them all from the processor's cache.
+
+Shapes: B batch, T length, H hash heads, U row width, n = B T H rows, S bytes of one record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor, nn
+
+from engram_lab.memory.hot_rows import HotRows
+from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.stores import RowStore
+
+try:
+    from engram_lab.memory import gather_triton
+except ImportError:  # triton comes with torch's builds for CUDA only
+    gather_triton = None  # type: ignore[assignment]
+
+FEW_ROWS = 8192
+"""Up to so many rows a kernel reads them over the bus (27 million rows/s); above, 16 threads gather (50 to
+100 million, after about 0.2 ms of hand-over). `benchmarks/serving.py` measures where the two cross."""
+SLOTS = 3
+"""Pinned buffers of a table: gathers that may be under way at once."""
+
+
+class ServingTable(nn.Module):
+    """One memory's rows, in a store, read by a network on `device`.
+
+    Args:
+        store: R records, written to no more: a `DeviceStore` on `device`, or one whose `device` is the CPU.
+        layout: what a record holds; its rule is None.
+        device: where the network computes.
+        dtype: of the reading.
+        hot: rows kept on the device, asked by the path for few rows.
+        few: how many rows the kernel reads itself when it may.
+    """
+
+    def __init__(
+        self,
+        store: RowStore,
+        layout: RecordLayout,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        hot: HotRows | None = None,
+        few: int = FEW_ROWS,
+    ) -> None:
+        super().__init__()
+        assert layout.rule is None, layout.rule
+        assert layout.record_bytes == store.record_bytes, (layout.record_bytes, store.record_bytes)
+        self.store, self.layout, self.device, self.dtype = store, layout, device, dtype
+        self.hot, self.few = hot, few
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="look-up")
+        records = getattr(store, "records", None)
+        self._records: Tensor | None = None
+        """The records where a kernel can read them itself."""
+        if device.type == "cuda":
+            self._stream, self._back = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
+            self._slots = [_Pinned() for _ in range(SLOTS)]
+            self._turn = 0
+            if records is not None and gather_triton is not None and (records.is_cuda or records.is_pinned()):
+                self._records = records
+
+    def begin(self, addresses: Tensor) -> Callable[[], Tensor]:
+        """Begin to read the rows [B, T, H] (any integer type, anywhere); the result waits for them.
+
+        What it returns gives [B, T, H * U] in `dtype` on `device`, ready for the current stream. It must be
+        called, on the stream that began.
+        """
+        shape = (*addresses.shape[:-1], addresses.shape[-1] * self.layout.row_dim)
+        flat = addresses.reshape(-1)
+        if self.device.type != "cuda":
+            reading = self._thread.submit(self._read, flat)
+            return lambda: reading.result().to(self.device).reshape(shape)
+        out = torch.empty((len(flat), self.layout.row_dim), dtype=self.dtype, device=self.device)
+        records = torch.empty((len(flat), self.layout.record_bytes), dtype=torch.uint8, device=self.device)
+        begin = self._begin_kernel if self._by_kernel(len(flat)) else self._begin_threads
+        used = (flat.to(self.device), records, out)
+        arrived = begin(*used)
+
+        def join(used: tuple[Tensor, ...] = used) -> Tensor:  # holds what the side streams use until then
+            torch.cuda.current_stream(self.device).wait_event(arrived())
+            return used[-1].view(shape)
+
+        return join
+
+    def close(self) -> None:
+        """End the thread; the store is its owner's to close."""
+        self._thread.shutdown()
+
+    def _by_kernel(self, n: int) -> bool:
+        if self._records is None:
+            assert not torch.cuda.is_current_stream_capturing(), "a CUDA graph cannot wait for the host"
+            return False
+        return self._records.is_cuda or n <= self.few or torch.cuda.is_current_stream_capturing()
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """Return rows [n, U] where the network computes on the CPU."""
+        records = torch.empty((len(ids), self.layout.record_bytes), dtype=torch.uint8)
+        self.store.read(ids.long(), records)
+        return self.layout.decode(records).to(self.dtype)
+
+    def _begin_kernel(self, ids: Tensor, records: Tensor, out: Tensor) -> Callable[[], torch.cuda.Event]:
+        assert self._records is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        arrived = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            gather_triton.gather(self._records, ids, records, self.hot)
+            self._decode(records, out)
+            arrived.record()
+        return lambda: arrived
+
+    def _begin_threads(self, ids: Tensor, records: Tensor, out: Tensor) -> Callable[[], torch.cuda.Event]:
+        slot = self._slots[self._turn % SLOTS]
+        self._turn += 1
+        slot.reserve(len(ids), self.layout.record_bytes)
+        told, arrived = torch.cuda.Event(), torch.cuda.Event()
+        self._back.wait_stream(torch.cuda.current_stream(self.device))
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._back):
+            slot.ids[: len(ids)].copy_(ids, non_blocking=True)
+            told.record()
+
+        def fetch() -> torch.cuda.Event:
+            told.synchronize()
+            self.store.read(slot.ids[: len(ids)], slot.records)
+            with torch.cuda.stream(self._stream):
+                records.copy_(slot.records[: len(records)], non_blocking=True)
+                slot.copied.record()
+                self._decode(records, out)
+                arrived.record()
+            return arrived
+
+        slot.fetching = self._thread.submit(fetch)
+        return slot.fetching.result
+
+    def _decode(self, records: Tensor, out: Tensor) -> None:
+        if "codes" in self.layout.places and gather_triton is not None:
+            gather_triton.decode_float8(self.layout, records, out)
+        else:
+            out.copy_(self.layout.decode(records))
+
+
+class _Pinned:
+    """Pinned memory for one gather, grown as needed and used again once its copy has left."""
+
+    def __init__(self) -> None:
+        self.ids = torch.empty(0, dtype=torch.int64)
+        self.records = torch.empty(0, 0, dtype=torch.uint8)
+        self.copied = torch.cuda.Event()
+        self.fetching: Future[torch.cuda.Event] | None = None
+
+    def reserve(self, n: int, record_bytes: int) -> None:
+        """Wait until the last copy from here has ended, and make room for `n` records."""
+        if self.fetching is not None:
+            self.fetching.exception()
+        self.copied.synchronize()
+        if len(self.ids) < n:
+            self.ids = torch.empty(n, dtype=torch.int64, pin_memory=True)
+            self.records = torch.empty((n, record_bytes), dtype=torch.uint8, pin_memory=True)
