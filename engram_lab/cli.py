@@ -94,6 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, help="draw among the likeliest with this much probability")
     generate.add_argument("--seed", type=int, default=0, help="default: 0")
     generate.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    generate.add_argument(
+        "--memory",
+        choices=("resident", "host", "disk"),
+        default="resident",
+        help="where table rows are read from; disk writes a file beside the weights, once; default: resident",
+    )
     generate.set_defaults(call=_generate)
 
     inspect = commands.add_parser(
@@ -178,7 +184,12 @@ def _generate(parsed: argparse.Namespace) -> int:
         temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p, seed=parsed.seed
     )
     return generate(
-        parsed.checkpoint, parsed.text, length=parsed.tokens, sampling=sampling, device=parsed.device
+        parsed.checkpoint,
+        parsed.text,
+        length=parsed.tokens,
+        sampling=sampling,
+        device=parsed.device,
+        memory=parsed.memory,
     )
 
 

@@ -11,22 +11,30 @@ from engram_lab.analysis.inspection import inspect as examine
 from engram_lab.analysis.page import to_html
 from engram_lab.analysis.terminal import show
 from engram_lab.errors import UserError
+from engram_lab.memory.config import Tier
 from engram_lab.model.generation import Sampling, stream
 from engram_lab.saved_model import open_saved
 from engram_lab.spelling import printable
 
 
 def generate(
-    checkpoint: Path, text: str, *, length: int, sampling: Sampling, device: str | None = None
+    checkpoint: Path,
+    text: str,
+    *,
+    length: int,
+    sampling: Sampling,
+    device: str | None = None,
+    memory: Tier = "resident",
 ) -> int:
     """Print `text` and up to `length` tokens that the network continues it with, as they come.
 
     The text is taken as the beginning of a document; the continuation ends where the network ends the
-    document. Returns the exit status: 130 when interrupted, which is a usual way to stop it.
+    document. `memory` says where table rows are read from. Returns the exit status: 130 when interrupted,
+    which is a usual way to stop it.
     """
     if length < 1:
         raise UserError(f"tokens is {length}, but must be at least 1.")
-    saved = open_saved(checkpoint, device)
+    saved = open_saved(checkpoint, device, memory)
     prompt = saved.encode(text)
     drawn = (step[0] for step in stream(saved.network, [prompt], length, sampling))
     kept = (token for token in drawn if token is not None and token != saved.network.eos_id)

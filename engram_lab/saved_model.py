@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from engram_lab.errors import UserError, nearest
+from engram_lab.memory.config import MemoryConfig, Tier
 from engram_lab.model.checkpoint import RECORD, load
 from engram_lab.model.transformer import Transformer
 from engram_lab.spelling import Speller
@@ -39,12 +40,13 @@ class SavedModel:
         return Speller(self.tokenizer)
 
 
-def open_saved(checkpoint: Path, device: str | None = None) -> SavedModel:
+def open_saved(checkpoint: Path, device: str | None = None, memory: Tier = "resident") -> SavedModel:
     """Open a run's directory, or the `model` folder in it.
 
     Args:
         checkpoint: a folder written by `model.checkpoint.save` with the `tokenizer.json` beside the weights.
         device: where to compute; None takes the first GPU if there is one.
+        memory: where table rows are read from; "disk" writes them into a file beside the weights, once.
 
     Raises:
         UserError: there is no such folder, its files do not fit together, or there is no such device.
@@ -52,7 +54,8 @@ def open_saved(checkpoint: Path, device: str | None = None) -> SavedModel:
     folder = _find(checkpoint)
     chosen = _device(device)
     tokenizer = _read_tokenizer(folder)
-    network = load(folder, tokenizer_hash=vocabulary_hash(tokenizer), device=chosen)
+    tables = MemoryConfig(tier=memory, directory=str(folder) if memory == "disk" else None)
+    network = load(folder, tokenizer_hash=vocabulary_hash(tokenizer), device=chosen, tables=tables)
     return SavedModel(folder=folder, network=network, tokenizer=tokenizer)
 
 

@@ -54,6 +54,26 @@ def test_it_prints_the_prompt_and_what_the_network_says(run, capsys, inside, opt
     assert len(out) > len(PROMPT)
 
 
+@pytest.mark.parametrize("options", [["--temperature", 0], ["--seed", 3]], ids=["greedy", "seed"])
+def test_the_text_is_the_same_wherever_the_rows_are(run, capsys, options):
+    directory = run[0]
+    expected = said(capsys, directory, PROMPT, "--tokens", 40, *options)
+    assert expected[0] == 0
+    for tier in ("host", "disk", "disk"):  # the second time the file is there
+        assert said(capsys, directory, PROMPT, "--tokens", 40, "--memory", tier, *options) == expected
+    files = list((directory / "model").glob("*.table*"))
+    assert len(files) == 2, "one table and the mark that it is whole"
+    for file in files:
+        file.unlink()
+
+
+def test_a_network_without_a_table_has_nothing_to_place(tmp_path, capsys):
+    save_run(tmp_path / "run", memory=False)
+    status, out, err = said(capsys, tmp_path / "run", "x", "--memory", "host")
+    assert (status, out) == (2, "")
+    assert "reads no table by n-gram" in err
+
+
 def test_an_empty_text_begins_a_document(run, capsys):
     directory, network, tokenizer = run
     (drawn,) = generate(network, [[network.eos_id]], 3, Sampling(temperature=0))

@@ -10,18 +10,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from engram_lab.errors import UserError
+from engram_lab.memory.config import MemoryConfig
+from engram_lab.memory.serving import Weights, serving_table
 from engram_lab.model.config import ModelConfig
-from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION
+from engram_lab.model.engram import EngramConfig
+from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION, table_rows
 from engram_lab.model.transformer import Transformer
 from engram_lab.plain import from_plain, to_plain
 
@@ -125,14 +131,22 @@ def load(
     tokenizer_hash: str | None = None,
     canonical: np.ndarray | None = None,
     device: str | torch.device = "cpu",
+    tables: MemoryConfig | None = None,
 ) -> Transformer:
     """Read a network back, in evaluation mode, its weights exactly as saved.
 
     Give the `tokenizer_hash`, and the `canonical` map, of the text the network is to be used on: UserError
-    if they are not those it was trained with, or if the hash has changed since.
+    if they are not those it was trained with, or if the hash has changed since. `tables` on another tier
+    than "resident" are only read from there: the network gives the same, and cannot be trained.
     """
     record = read_record(folder)
     memory = record.network.engram
+    far = tables is not None and tables.tier != "resident"
+    if tables is not None and far and (memory is None or not memory.n_heads):
+        raise UserError(
+            f"memory.tier is {tables.tier!r}, but the network in {folder} reads no table by n-gram: leave it "
+            "out."
+        )
     if tokenizer_hash is not None and tokenizer_hash != record.tokenizer_hash:
         raise UserError(
             f"The checkpoint {folder} was trained with tokenizer {record.tokenizer_hash[:12]}, but the text "
@@ -156,12 +170,16 @@ def load(
                 f"The checkpoint {folder} was trained with canonical map "
                 f"{str(record.canonical_hash)[:12]}, but the text has {given[:12]}: use the tokenizer it had."
             )
-    tensors = _read_weights(Path(folder) / WEIGHTS, str(device))
+    tensors = _read_weights(Path(folder) / WEIGHTS, str(device), but="tables." if far else None)
     stored = tensors.get("hash.canonical")
     if stored is not None and canonical_hash(stored.cpu().numpy()) != record.canonical_hash:
         raise UserError(f"The checkpoint {folder} is damaged: {RECORD} names another canonical map.")
+    placed = None
+    if tables is not None and memory is not None and far:
+        dtype = tensors["embedding.weight"].dtype
+        placed = _far_tables(Path(folder) / WEIGHTS, memory, tables, torch.device(device), dtype)
     with torch.device(device):
-        network = Transformer(record.network, canonical=stored, eos_id=record.eos_id)
+        network = Transformer(record.network, canonical=stored, eos_id=record.eos_id, tables=placed)
     for name, fresh in network.state_dict().items():
         if name.startswith("hash.") and not torch.equal(fresh, tensors.get(name, fresh)):
             raise UserError(
@@ -180,11 +198,48 @@ def load(
     return network.eval()
 
 
-def _read_weights(path: Path, device: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, device: str, but: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a file, those left out whose names begin with `but`."""
+    with _weights_file(path, device) as file:
+        names = [name for name in file.keys() if but is None or not name.startswith(but)]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
+
+
+@contextmanager
+def _weights_file(path: Path, device: str = "cpu") -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no checkpoint: it holds no {path.name}.") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _far_tables(
+    path: Path, engram: EngramConfig, memory: MemoryConfig, device: torch.device, dtype: torch.dtype
+) -> nn.ModuleList:
+    """Return every memory's table, its rows read from the weights' file as they are needed."""
+    digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest() if memory.tier == "disk" else ""
+
+    def rows_of(name: str) -> Weights:
+        def rows(first: int, count: int) -> Tensor:
+            with _weights_file(path) as file:
+                part: Tensor = file.get_slice(name)[first : first + count]
+                return part
+
+        return rows
+
+    return nn.ModuleList(
+        serving_table(
+            rows_of(f"tables.{m}.weight"),
+            rows,
+            engram.row_dim,
+            storage=engram.row_storage,
+            memory=memory,
+            fingerprint=f"{digest} {m}",
+            device=device,
+            dtype=dtype,
+        )
+        for m, rows in enumerate(table_rows(engram))
+    )
