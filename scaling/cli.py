@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from scaling.cli_design import add_design
-from scaling.cli_tables import runs, show, table_arguments
+from scaling.cli_tables import runs, show, table_arguments, whole
 from scaling.errors import ScalingError
 
 
@@ -111,9 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _options(given: argparse.Namespace) -> list[str]:
-    """Return the command's options, as the functions that it calls name them."""
-    return [name for name, value in vars(given).items() if not callable(value) and name != "table"]
+def _options(given: argparse.Namespace) -> dict[str, str]:
+    """Return the command's options by the keywords of the functions that they are handed to."""
+    named = {name: f"--{name.replace('_', '-')}" for name in vars(given) if name not in ("run", "table")}
+    return {**named, "a": "--gain", "candidates": "--rho"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -148,8 +149,9 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=option.help)
         return
     metavar = None if option.choices else option.kind.__name__.upper().replace("STR", "NAME")
+    kind = whole if option.kind is int else option.kind
     parser.add_argument(
-        flag, type=option.kind, choices=option.choices, default=None, metavar=metavar, help=option.help
+        flag, type=kind, choices=option.choices, default=None, metavar=metavar, help=option.help
     )
 
 
@@ -171,6 +173,8 @@ def _fit(given: argparse.Namespace) -> None:
 def _report(given: argparse.Namespace) -> None:
     from scaling.report import write_report
 
+    if not given.out:
+        raise ScalingError("--out is empty; the name of a folder is needed.")
     try:
         path = write_report(runs(given), given.out, title=given.title)
     except OSError as error:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from scaling.cli_tables import runs, show, table_arguments
+from scaling.cli_tables import runs, show, table_arguments, whole
 from scaling.errors import ScalingError
 
 
@@ -37,7 +38,7 @@ def add_design(design: argparse.ArgumentParser) -> None:
         plan.set_defaults(run=run)
     following = plans.add_parser("next", help="the runs that would sharpen rho* most")
     table_arguments(following)
-    following.add_argument("--count", type=int, default=1, metavar="N", help="how many (1)")
+    following.add_argument("--count", type=whole, default=1, metavar="N", help="how many (1)")
     following.add_argument("--rho", type=numbers, metavar="R,R", help="shares that can be run")
     following.add_argument("--json", action="store_true", help="print JSON")
     following.add_argument(
@@ -48,7 +49,10 @@ def add_design(design: argparse.ArgumentParser) -> None:
 
 def numbers(text: str) -> tuple[float, ...]:
     """Read "0.1,0.5"; the name is what argparse calls it in its error."""
-    return tuple(float(part) for part in text.split(","))
+    found = tuple(float(part) for part in text.split(","))
+    if not all(0 <= number < math.inf for number in found):
+        raise argparse.ArgumentTypeError(f"{text} holds a number that is below 0 or not finite")
+    return found
 
 
 def whole_numbers(text: str) -> tuple[int, ...]:
@@ -80,6 +84,8 @@ def _power(given: argparse.Namespace) -> None:
 def _forecast(given: argparse.Namespace) -> None:
     from scaling.design import forecast_half_width
 
+    if min(given.budgets) <= 0:
+        raise ScalingError(f"--budgets holds {min(given.budgets):g}; training FLOPs must be positive.")
     half = forecast_half_width(given.budgets, given.rho, **_planned(given, "seeds", "sd", "at"))
     at = given.at or 10 * max(given.budgets)
     said = f"At C = {at:g} FLOPs rho* will be known to +-{half:.3g}."

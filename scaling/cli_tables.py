@@ -27,6 +27,14 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def whole(text: str) -> int:
+    """Read a whole number from 0 on."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return number
+
+
 def runs(given: argparse.Namespace) -> Any:
     """Return the table as a checked frame."""
     from scaling.frame import read

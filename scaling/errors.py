@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class ScalingError(Exception):
@@ -19,13 +19,12 @@ class ScalingError(Exception):
         super().__init__(message)
         self._shell = message if shell is None else shell
 
-    def in_shell(self, options: Iterable[str]) -> str:
+    def in_shell(self, options: Mapping[str, str]) -> str:
         """Return the message with keywords of functions (`budget=`) written as options (`--budget`)."""
         said = self._shell
-        for name in options:
-            flag = f"--{name.replace('_', '-')}"
+        for name, flag in options.items():
             said = re.sub(rf"(?<![\w-]){name}=", f"{flag} ", said)
-            said = re.sub(rf"(^|\band ){name} is ", rf"\g<1>{flag} is ", said)
+            said = re.sub(rf"(^|\band ){name} (?=is |must )", rf"\g<1>{flag} ", said)
         return said
 
 

@@ -253,6 +253,11 @@ def _typed(frame: pl.DataFrame, column: Column) -> pl.Series:
         if len(fraction):
             row = int(fraction[0])
             raise ScalingError(f"Row {row + 1}, column 'seed': {series[row]!r} is not a whole number.")
+        wide = (series.is_finite() & (series.abs() >= 2.0**63)).arg_true()
+        if len(wide):
+            row = int(wide[0])
+            raise ScalingError(f"Row {row + 1}, column 'seed': {series[row]!r} must be below 2^63.")
+        series = series.set(series.is_infinite().fill_null(False), None)
         return series.fill_nan(None).cast(_POLARS[int]).alias(column.name)
     return series.alias(column.name)
 
@@ -297,5 +302,6 @@ def _check_range(series: pl.Series, column: Column) -> None:
 
 
 def _listing(names: Sequence[str]) -> str:
+    names = [name for name in names if name != "_row"]
     shown = ", ".join(repr(name) for name in names[:12])
     return shown + (f" and {len(names) - 12} more" if len(names) > 12 else "")

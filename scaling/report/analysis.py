@@ -106,7 +106,7 @@ def _refuse(frame: pl.DataFrame) -> None:
         need(frame, "rho")
     except ScalingError as error:
         wanted = f"A report needs rho (shares), slots or memory_parameters (memory), {laws}."
-        raise ScalingError(f"{wanted} {error}", shell=f"{wanted} {error.in_shell(())}") from None
+        raise ScalingError(f"{wanted} {error}", shell=f"{wanted} {error.in_shell({})}") from None
 
 
 def _sizes(frame: pl.DataFrame, at: tuple[float | None, ...]) -> tuple[Sizes, ...]:

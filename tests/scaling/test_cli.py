@@ -149,6 +149,11 @@ LAW = ("--map", "total_parameters=size", "--map", "tokens=amount")
         (["design", "power", "--rho", "0.1,0.3,0.5,0.7,1", "--sd", "0"], "--sd is 0.0 and --seeds is 1"),
         (["fit", "isoflop", "TABLE", *SEVERAL, "--column", "sized"], "Column 'sized' is missing"),
         (["design", "next", "TABLE", "--map", "rho=share", "--count", "0"], "--count is 0"),
+        (["design", "next", "TABLE", "--map", "rho=share", "--rho", "2"], "--rho must be shares"),
+        (["design", "power", "--rho", "0.1,0.3,0.5,0.7,1", "--gain", "-1"], "--gain is -1.0"),
+        (["design", "forecast", "--budgets", "0,1", "--rho", "0.1,0.5,0.7,0.8,1"], "--budgets holds 0"),
+        (["report", "TABLE", "--map", "rho=share", "--out", ""], "--out is empty"),
+        (["fit", "allocation", "TABLE", "--map", "rho=share", "--cluster", "clas"], "has 'study', 'rho'"),
         (["report", "TABLE", "--map", "rho=share", "--map", "study=two", "--out", "x"], "--study 0"),
         (["fit", "allocation", "TABLE", "--map", "rho=share", "--study", "on"], "Did you mean 'one'?"),
         (["report", "sqlite:///none.db", "--study", "a", "--out", "x"], "no SQLite store"),
@@ -176,6 +181,9 @@ def test_a_mistake_gets_one_sentence_and_status_2(
         (["fit", "alocation", "a.csv"], "invalid choice"),
         (["fit", "memory"], "required"),
         (["design", "power", "--rho", "a,b"], "invalid numbers value: 'a,b'"),
+        (["design", "power", "--rho", "0.1,nan"], "not finite"),
+        (["fit", "allocation", "a.csv", "--seed", "-1"], "--seed: -1 is below 0"),
+        (["fit", "chinchilla", "a.csv", "--draws", "-1"], "--draws: -1 is below 0"),
     ],
 )
 def test_an_unknown_law_or_a_missing_table_is_refused_by_status_2(

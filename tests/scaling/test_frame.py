@@ -72,6 +72,7 @@ def test_an_explicit_mapping_wins_over_a_recognised_spelling():
         ({"rho": ["a", "b"], "loss": [1, 1]}, None, ("Row 1", "'rho'", "'a'", "not a number")),
         ({"rho": [0.1], "budget": [0.0], "loss": [1]}, None, ("Row 1", "'budget'", "greater than 0")),
         ({"rho": [0.1], "seed": [1.5], "loss": [1]}, None, ("Row 1", "'seed'", "whole")),
+        ({"rho": [0.1], "seed": [1e30], "loss": [1]}, None, ("Row 1", "'seed'", "below 2^63")),
         ({"rho": [0.1], "loss": [1]}, {"loss": "los"}, ("'los'", "Did you mean 'loss'")),
         ({"rho": [0.1], "loss": [1]}, {"rhoo": "rho"}, ("'rhoo'", "Did you mean 'rho'")),
         ({"rho": [0.1], "loss": [[1, 2]]}, None, ("'loss'", "numbers are needed")),
