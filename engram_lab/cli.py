@@ -20,6 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from engram_lab.launcher import launch
 
             return launch(arguments[1:])
+        if arguments[:1] == ["budget"] and arguments[1:] not in ([], ["-h"], ["--help"]):
+            from engram_lab.commands import budget
+
+            budget(arguments[1:])
+            return 0
         parsed = _parser().parse_args(arguments)
         return int(parsed.call(parsed) or 0)
     except UserError as error:
@@ -57,10 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(call=lambda parsed: run_recipe([parsed.recipe]))
 
     budget = commands.add_parser(
-        "budget", help="print how a recipe's parameters are divided at every rho, before anything is spent"
+        "budget",
+        help="print how a recipe's parameters are divided at every rho, before anything is spent",
+        usage="engram-lab budget RECIPE [--field.name=value ...] [--components]\n"
+        "       engram-lab budget --published",
+        description="Reads no document: the size of the vocabulary is enough.",
     )
-    budget.add_argument("recipe", type=Path)
-    budget.set_defaults(call=_budget)
+    budget.add_argument("recipe")
+    budget.add_argument("--components", action="store_true", help="take each network apart, too")
+    budget.add_argument("--published", action="store_true", help="count the published models instead")
 
     study = commands.add_parser("study", help="look at a study, or extend it").add_subparsers(
         required=True, metavar="COMMAND"
@@ -150,12 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check the installation, the devices and the store")
     doctor.set_defaults(call=_doctor)
     return parser
-
-
-def _budget(parsed: argparse.Namespace) -> None:
-    from engram_lab.commands import budget
-
-    budget(parsed.recipe)
 
 
 def _status(parsed: argparse.Namespace) -> None:

@@ -16,13 +16,14 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
-from engram_lab.budget import Allocation
+from engram_lab.budget.published import published_table
+from engram_lab.dry_run import dry_run
 from engram_lab.errors import UserError, nearest
 from engram_lab.recipe import Recipe
 from engram_lab.recipe_file import read_recipe
 from engram_lab.studies.progress import StudyProgress
 from engram_lab.studies.runner import run_study, study_directory
-from engram_lab.text import TextConfig, TokenCorpus, prepare
+from engram_lab.text import TextConfig, TokenCorpus, look_ahead, prepare
 
 console = Console()
 
@@ -46,39 +47,11 @@ def run(file: Path, overrides: list[str]) -> int:
             )
         recipe = recipe.override({"study.workers": options.workers})
     if options.dry_run:
-        dry_run(recipe)
+        dry_run(recipe, prepare_shown(recipe.text))
         return 0
     if recipe.kind == "train":
         return _train(recipe)
     return _study(recipe, options.reports)
-
-
-def dry_run(recipe: Recipe) -> None:
-    """Print how the parameters of every cell are divided and how much would be trained, and train nothing."""
-    from engram_lab.budget.table import budget_table
-    from engram_lab.recipe import resolve
-    from engram_lab.studies.extension import read_extension
-    from engram_lab.studies.plan import MAIN_BUDGET, Cell, plan
-
-    corpus = prepare_shown(recipe.text)
-    if recipe.kind == "train":
-        run = resolve(recipe, corpus)
-        cells: tuple[Cell, ...] = (
-            Cell(sweep="", budget=MAIN_BUDGET, control="", rho=0.0, rows_per_head=0, run=run),
-        )
-    else:
-        cells = plan(recipe, corpus, read_extension(study_directory(recipe)))
-    tables: dict[tuple[str, str], list[Allocation]] = {}
-    for cell in cells:
-        found = tables.setdefault((cell.budget, cell.control), [])
-        if cell.run.allocation not in found:
-            found.append(cell.run.allocation)
-    for (budget, control), allocations in tables.items():
-        if len(tables) > 1:
-            print(f"budget {budget}" + (f", control {control}" if control else ""))
-        print(budget_table(allocations) + "\n")
-    tokens = sum(cell.run.tokens for cell in cells)
-    print(f"{len(cells)} run(s), {tokens:,} tokens in all")
 
 
 def prepare_shown(text: TextConfig) -> TokenCorpus:
@@ -210,9 +183,25 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def budget(file: Path) -> None:
-    """Print the division of the parameters at every rho of the recipe."""
-    dry_run(read_recipe(file, []))
+def budget(words: list[str]) -> None:
+    """Print the division of the parameters at every rho of the recipe `words[0]`, overrides after it.
+
+    `--components` takes each network apart; `--published` prints the published models instead. No document
+    is read.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--components", action="store_true")
+    own.add_argument("--published", action="store_true")
+    options, rest = own.parse_known_args(words)
+    if options.published:
+        if rest or options.components:
+            raise UserError(f"--published takes no recipe and no options, but got {' '.join(rest) or words}.")
+        print(published_table())
+        return
+    if not rest or rest[0].startswith("-"):
+        raise UserError("the recipe comes first: engram-lab budget RECIPE [--field.name=value ...].")
+    recipe = read_recipe(Path(rest[0]), rest[1:])
+    dry_run(recipe, look_ahead(recipe.text), components=options.components)
 
 
 def _stored_recipe(name: str, directory: Path) -> Recipe:

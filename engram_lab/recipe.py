@@ -25,7 +25,7 @@ from engram_lab.training.data import DataConfig
 from engram_lab.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
-    from engram_lab.text import TokenCorpus
+    from engram_lab.text import TokenCorpus, UnreadText
 
 SCHEMA_VERSION = 1  # part of every run's identity; raise it when an old recipe would now train differently
 
@@ -156,12 +156,13 @@ class ResolvedRun:
         return self.recipe.data.steps * self.recipe.data.tokens_per_step
 
 
-def resolve(recipe: Recipe, corpus: TokenCorpus) -> ResolvedRun:
+def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
     """Solve the budget and compute the run's identity.
 
     The identity is a hash of what can change the loss: the solved network, optimizer, batch geometry,
     tokens, seed, the text's and the hash's versions. Defaults are left out of it, so a field added later
-    orphans no run; where a run is executed and recorded is no part of it.
+    orphans no run; where a run is executed and recorded is no part of it. A text that has not been read gives
+    the right network and an identity that no run has.
     """
     if recipe.model.vocab_size != corpus.vocab_size:
         recipe = replace(recipe, model=replace(recipe.model, vocab_size=corpus.vocab_size))

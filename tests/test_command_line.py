@@ -163,6 +163,50 @@ def test_dry_run_prints_every_cell_and_trains_none(
     assert not Path("mlruns").exists()
 
 
+def test_a_budget_needs_no_text_and_takes_overrides(
+    file: Path, tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = {**tiny, "kind": "study", "budget": {}}
+    study |= {"study": {"rho": [0, 1], "rows_per_head": [64], "seeds": [0, 1]}}
+    file.write_text(yaml.safe_dump(study))
+    nowhere = ["--text.source=not/there.txt", "--text.cache_dir=cache"]
+    assert main(["budget", str(file), *nowhere, "--model.ffn.experts=16", "--components"]) == 0
+    printed = capsys.readouterr().out
+    assert not Path("cache").exists()
+    lines = [line.split() for line in printed.splitlines()]
+    cells = {line[0]: line[2] for line in lines if len(line) > 12 and line[0] in ("0", "1")}
+    assert cells == {"0": "2", "1": "16"}
+    (table,) = [line for line in lines if line[:2] == ["table", "64"] and len(line) > 12]
+    assert "%" not in table[8]
+    assert "memory sweep" in printed
+    assert sum(line[:3] == ["memory", "rows", "inactive"] for line in lines) == 4
+    assert "6 run(s)" in printed  # the network without a table is the one at rho 1
+
+
+def test_a_budget_uses_the_vocabulary_there_is(
+    file: Path, tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from engram_lab.text import TextConfig, look_ahead, prepare
+
+    text = TextConfig(**{**tiny["text"], "vocab_size": None})
+    assert look_ahead(TextConfig(cache_dir="none")).vocab_size == 8192
+    corpus = prepare(text)
+    assert look_ahead(text).vocab_size == corpus.vocab_size < 16384
+    given = TextConfig(source="not/there.txt", tokenizer=str(corpus.path / "tokenizer.json"))
+    assert look_ahead(given).vocab_size == corpus.vocab_size
+    assert "tokenizer" in refused(capsys, "budget", file, "--text.tokenizer=none.json")
+
+
+def test_the_published_models_are_printed_without_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["budget", "--published"]) == 0
+    printed = capsys.readouterr().out
+    assert "Engram-27B" in printed
+    page = (RECIPES.parent / "docs" / "memories.md").read_text()
+    assert printed.strip() in page
+    assert "the recipe comes first" in refused(capsys, "budget", "--components")
+    assert "--published takes no recipe" in refused(capsys, "budget", "recipe.yaml", "--published")
+
+
 def test_print_config_prints_a_recipe_that_can_be_run(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["run", str(file), "--model.engram.row_dim=8", "--print_config"])

@@ -24,7 +24,7 @@ class BudgetConfig:
 
     rows_step: int = 1
     """Rows per head, before the search for primes, are a multiple of this; `published` mode only. The
-    published tables come in steps of half their vocabulary: 2,262,400 and 7,239,680 are 35 and 112 x 64,640."""
+    published tables come in steps of half their vocabulary: 2,262,400 is 35, 7,239,680 is 112 x 64,640."""
 
     def __post_init__(self) -> None:
         if self.rho is not None and not 0 <= self.rho <= 1:
@@ -46,6 +46,6 @@ class BudgetConfig:
             raise UserError(f"budget.rows_step is {self.rows_step}: it must be at least 1.")
         if self.rows_step > 1 and self.mode == "strict":
             raise UserError(
-                f"budget.rows_step is {self.rows_step}, but budget.mode 'strict' holds the total, which takes "
-                "rows in any number: use 1, or mode 'published'."
+                f"budget.rows_step is {self.rows_step}, but budget.mode 'strict' holds the total, which "
+                "takes rows in any number: use 1, or mode 'published'."
             )

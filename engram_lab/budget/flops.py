@@ -13,6 +13,9 @@ from engram_lab.budget.count import attention_parameters, count, hyper_connectio
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.memories import memory_size
 
+BACKWARD = 2
+"""Operations of a backward pass, in forward passes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlopCount:
@@ -40,7 +43,7 @@ class FlopCount:
     @property
     def training(self) -> int:
         """Operations of one forward and backward pass per token."""
-        return 3 * self.forward
+        return (1 + BACKWARD) * self.forward
 
 
 def flops_per_token(network: ModelConfig, sequence_length: int) -> FlopCount:

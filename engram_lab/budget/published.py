@@ -7,7 +7,8 @@ layers are as wide as the experts a token uses. With the embedding's matrix coun
 at all in the active parameters, every figure of the table then comes out to its printed digit.
 
 Of the sweeps' backbones only P_tot, P_act (both without embedding and head) and the experts are published,
-and that the 3B one has 12 layers. Their widths are chosen to meet those, to a per cent, and test no accounting.
+and that the 3B one has 12 layers. Their widths are chosen to meet those, to a per cent, and test no
+accounting.
 
 Tables come in steps of half the vocabulary, since both published sizes do (35 and 112 x 64,640): what the 17
 experts leave, 5.82 B, is 35.2 steps, and the nearest whole number gives the published 5.79 B.

@@ -42,8 +42,8 @@ def fit_memory(
     allow.
 
     Rows alone are counted, or with `pay` the module's other parameters too. The plain branch of the `mlp`
-    control takes all of them for its matrices. Rows per head are a multiple of `step`. UserError where the parameters do not do for the smallest
-    memory.
+    control takes all of them for its matrices. Rows per head are a multiple of `step`. UserError where the
+    parameters do not do for the smallest memory.
     """
     memory = network.engram
     assert memory is not None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from engram_lab.budget.config import BudgetConfig
 from engram_lab.budget.count import ParameterCount, bytes_per_token, count
-from engram_lab.budget.flops import flops_per_token
+from engram_lab.budget.flops import BACKWARD, flops_per_token
+from engram_lab.budget.rows import NEAR_START
 from engram_lab.budget.solve import Allocation, solve
 from engram_lab.model.config import ModelConfig
 
@@ -21,6 +22,9 @@ MODES = {
     "strict": "strict: the projections are paid for, at rho = 1 by wider shared experts; the router's FLOPs, "
     "which vary with the experts, are outside Δ FLOPs.",
 }
+AS_WRITTEN = (
+    "tables on top: all experts stay and rows are added, so that totals differ by design and have no Δ."
+)
 HEADINGS = (
     "rho",
     "realised",
@@ -46,13 +50,37 @@ def solve_all(
     return [solve(network, replace(budget, rho=rho), sequence_length=sequence_length) for rho in rhos]
 
 
-def budget_table(cells: Sequence[Allocation]) -> str:
+def budget_table(cells: Sequence[Allocation], names: Sequence[str] = ()) -> str:
     """Return the cells as an aligned table with its conventions below, for a terminal or a Markdown code
     block.
+
+    `names` stand in the first column instead of rho.
     """
-    modes = {cell.mode for cell in cells}
+    lines = [_line(cell) for cell in cells]
+    headings: tuple[str, ...] = HEADINGS
+    if names:
+        headings = ("cell", *HEADINGS[1:])
+        lines = [(name, *line[1:]) for name, line in zip(names, lines, strict=True)]
+    modes = {cell.mode for cell in cells if cell.rho is not None}
     notes = [text for mode, text in MODES.items() if mode in modes]
-    return "\n".join([align([HEADINGS, *map(_line, cells)]), "", *notes, *CONVENTIONS])
+    if any(cell.rho is None for cell in cells):
+        notes.append(AS_WRITTEN)
+    return "\n".join([align([headings, *lines]), "", *notes, *CONVENTIONS, *_warnings(cells)])
+
+
+def _warnings(cells: Iterable[Allocation]) -> Iterator[str]:
+    """Say where primes were too few to meet the total with heads of about equal size."""
+    for cell in cells:
+        memory = cell.network.engram
+        if cell.rho is None or memory is None or memory.module in ("mlp", "product_key"):
+            continue
+        least, most = min(memory.rows_by_order), max(memory.rows_by_order)
+        if least < NEAR_START * most:
+            yield (
+                f"warning: at rho {cell.rho_nominal:g} heads have from {least:,} to {most:,} rows: so few "
+                "rows meet the total in no other way; fewer engram.heads or a smaller engram.row_dim make heads "
+                "more alike."
+            )
 
 
 def component_table(network: ModelConfig, *, sequence_length: int) -> str:
@@ -68,16 +96,22 @@ def component_table(network: ModelConfig, *, sequence_length: int) -> str:
         "experts_active": flops.experts,
         "memory_projections": flops.memory,
     }
-    lines = [("component", "parameters", "FLOPs/token forward")]
-    for name in ParameterCount.__dataclass_fields__:
-        lines.append((name.replace("_", " "), f"{getattr(parameters, name):,}", f"{work.get(name, 0):,}"))
-    lines.append(("all", f"{parameters.everything:,}", f"{flops.forward:,}"))
     fetched = bytes_per_token(network.engram) if network.engram else 0
+
+    def line(name: str, size: int, forward: int, read: int) -> tuple[str, ...]:
+        return (name, *(f"{number:,}" for number in (size, forward, BACKWARD * forward, read)))
+
+    lines: list[tuple[str, ...]] = [("component", "parameters", "FLOPs forward", "backward", "bytes fetched")]
+    for name in ParameterCount.__dataclass_fields__:
+        shown = name.replace("rows", "memory_rows").replace("_", " ")
+        read = fetched if name == "rows_active" else 0
+        lines.append(line(shown, getattr(parameters, name), work.get(name, 0), read))
+    lines.append(line("all", parameters.everything, flops.forward, fetched))
     notes = (
         f"total {parameters.total:,}, active {parameters.active:,}, sparse {parameters.sparse:,} "
         "(embedding and head left out)",
-        f"training {flops.training:,} FLOPs/token at {sequence_length:,} tokens a sequence; "
-        f"{fetched:,} bytes of rows fetched per token",
+        f"FLOPs and bytes of table rows are per token, at {sequence_length:,} tokens a sequence; forward and "
+        f"backward are {flops.training:,} FLOPs",
     )
     return "\n".join([align(lines), "", *notes])
 
@@ -92,12 +126,12 @@ def _line(cell: Allocation) -> tuple[str, ...]:
         human(cell.memory_parameters),
         human(cell.memory_projections),
         human(cell.total_parameters),
-        f"{cell.total_mismatch:+.3%}",
+        "-" if cell.rho is None else f"{cell.total_mismatch:+.3%}",
         human(cell.active_parameters),
         human(cell.sparse_parameters),
         human(cell.flops_per_token),
         f"{cell.router_flops_per_token / cell.flops_per_token:.2%}",
-        f"{cell.flops_mismatch:+.2%}",
+        "-" if cell.rho is None else f"{cell.flops_mismatch:+.2%}",
         f"{bytes_per_token(memory) if memory else 0:,}",
     )
 

@@ -11,7 +11,7 @@ from engram_lab.recipe import Recipe, ResolvedRun, resolve
 from engram_lab.studies.extension import ExtraCell
 
 if TYPE_CHECKING:
-    from engram_lab.text import TokenCorpus
+    from engram_lab.text import TokenCorpus, UnreadText
 
 MAIN_BUDGET = "main"  # the only budget of a study that names none
 
@@ -53,7 +53,9 @@ class Cell:
         return tags
 
 
-def plan(recipe: Recipe, corpus: TokenCorpus, extra: Iterable[ExtraCell] = ()) -> tuple[Cell, ...]:
+def plan(
+    recipe: Recipe, corpus: TokenCorpus | UnreadText, extra: Iterable[ExtraCell] = ()
+) -> tuple[Cell, ...]:
     """Resolve every cell, in the order they are run: seed by seed, so that an early look sees whole curves.
 
     `extra` cells, added since the study was planned, come last; those the recipe has anyway are passed over.
@@ -85,7 +87,7 @@ def plan(recipe: Recipe, corpus: TokenCorpus, extra: Iterable[ExtraCell] = ()) -
     return tuple(cells.values())
 
 
-def _cells(recipe: Recipe, corpus: TokenCorpus) -> Iterator[Cell]:
+def _cells(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> Iterator[Cell]:
     study = recipe.study
     assert study is not None
     places: list[tuple[str, str, float, int, dict[str, Any]]] = []  # sweep, control, rho, rows a head, fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from engram_lab.errors import UserError
@@ -12,6 +13,16 @@ from engram_lab.text.cache import build_once
 from engram_lab.text.config import TextConfig
 from engram_lab.text.corpora import Source, find_source
 from engram_lab.text.shards import FORMAT, TokenCorpus, file_sha256
+from engram_lab.text.vocabulary import load_tokenizer, size_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadText:
+    """What is known of a text before it is encoded; enough to size networks."""
+
+    vocab_size: int
+    data_hash: str = ""
+    """Stays empty: the text has not been read."""
 
 
 def prepare(config: TextConfig, progress: Progress | None = None) -> TokenCorpus:
@@ -39,6 +50,27 @@ def prepare(config: TextConfig, progress: Progress | None = None) -> TokenCorpus
     corpus = TokenCorpus(entry)
     check_vocabulary(config, corpus.vocab_size)
     return corpus
+
+
+def look_ahead(config: TextConfig) -> UnreadText:
+    """Return the size of the vocabulary that `prepare` would give, reading no document.
+
+    A vocabulary of unstated size that nobody has trained yet is taken at the size it aims at, which the
+    documents of a small corpus may not fill.
+
+    Raises:
+        UserError: a tokenizer that cannot be read, or that has another size than the one asked for.
+    """
+    if config.tokenizer is not None:
+        found = size_of(load_tokenizer(Path(config.tokenizer).expanduser()))
+        check_vocabulary(config, found)
+        return UnreadText(vocab_size=found)
+    cache = Path(config.cache_dir).expanduser()
+    if config.vocab_size is None and cache.is_dir():
+        entry = cache / _key(config, find_source(config.sources))
+        if entry.exists():
+            return UnreadText(vocab_size=TokenCorpus(entry).vocab_size)
+    return UnreadText(vocab_size=config.target_vocab_size)
 
 
 def _key(config: TextConfig, source: Source) -> str:

@@ -10,6 +10,7 @@ from engram_lab.budget import (
     bytes_per_token,
     component_table,
     count,
+    flops_per_token,
     solve,
     solve_all,
 )
@@ -44,11 +45,42 @@ def test_one_line_a_rho_with_what_was_solved(mode):
 def test_components_add_up():
     table = component_table(NETWORK, sequence_length=128)
     body, notes = table.split("\n\n")
-    lines = [line.rsplit(maxsplit=2) for line in body.splitlines()[1:]]
-    values = [[int(value.replace(",", "")) for value in line[1:]] for line in lines]
-    assert [sum(column[:-1]) for column in zip(*values, strict=True)] == values[-1]
-    assert f"total {count(NETWORK).total:,}" in notes
-    assert f"{bytes_per_token(NETWORK.engram):,} bytes" in notes
+    lines = {line.rsplit(maxsplit=4)[0]: line.rsplit(maxsplit=4)[1:] for line in body.splitlines()[1:]}
+    values = {name: [int(value.replace(",", "")) for value in line] for name, line in lines.items()}
+    everything = values.pop("all")
+    assert [sum(column) for column in zip(*values.values(), strict=True)] == everything
+    assert all(backward == 2 * forward for _, forward, backward, _ in values.values())
+    assert everything[1] + everything[2] == flops_per_token(NETWORK, 128).training
+    parameters = count(NETWORK)
+    assert everything[0] == parameters.everything
+    assert values["experts inactive"][0] == parameters.experts_inactive
+    assert values["memory rows active"] == [parameters.rows_active, 0, 0, bytes_per_token(NETWORK.engram)]
+    assert f"total {parameters.total:,}, active {parameters.active:,}" in notes
+
+
+def test_tables_on_top_have_names_and_no_difference():
+    cells = [
+        solve(replace(NETWORK, engram=memory), BudgetConfig(), sequence_length=128)
+        for memory in (None, EngramConfig(rows_per_head=512))
+    ]
+    lines = budget_table(cells, ("no table", "table 512")).splitlines()
+    assert [line[:9] for line in lines[:3]] == ["cell     ", "no table ", "table 512"]
+    assert "+0.00" not in "".join(lines[:3])
+    assert any("totals differ by design" in line for line in lines[3:])
+    assert not any(line.startswith("published") for line in lines[3:])
+
+
+def test_a_tiny_table_of_unequal_heads_is_warned_of():
+    small = replace(NETWORK, engram=EngramConfig(heads=8, row_dim=64))
+    tables = {
+        rho: budget_table([solve(small, BudgetConfig(rho=rho, mode="strict"), sequence_length=128)])
+        for rho in (0.8, 0.0)
+    }
+    memory = solve(small, BudgetConfig(rho=0.8, mode="strict")).network.engram
+    least, most = memory.rows_by_order
+    assert least < 0.75 * most
+    assert f"warning: at rho 0.8 heads have from {least} to {most} rows" in tables[0.8]
+    assert "warning" not in tables[0.0]
 
 
 def test_numbers_for_people():
