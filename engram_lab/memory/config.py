@@ -25,7 +25,8 @@ class MemoryConfig:
             training one dense parameter. Tiers then agree bit for bit on a CPU.
         rows: format in which rows are trained; bfloat16 rows are rounded stochastically.
         state: format of the row optimizer's averages.
-        directory: with the disk tier, the folder of the table's file.
+        directory: with the disk tier, the folder of the table's file, best on a fast disk; None takes the
+            run's own.
         depth: steps that rows are gathered ahead.
         threads: that gather rows; None takes one per processor.
         cache_rows: with the disk tier, rows kept in memory; None takes a sixteenth of all rows, or what fits
@@ -61,9 +62,10 @@ class MemoryConfig:
             raise UserError(f"memory.threads is {self.threads}; it must be at least 1, or null.")
         if self.cache_rows is not None and self.cache_rows < 0:
             raise UserError(f"memory.cache_rows is {self.cache_rows}; it must be 0 or more, or null.")
-        if self.tier == "disk" and not self.directory:
+        if self.directory is not None and self.tier != "disk":
             raise UserError(
-                "memory.tier is disk, but memory.directory is not given; name a folder on a fast disk."
+                f"memory.directory is {self.directory!r}, but memory.tier is {self.tier}, which has no file; "
+                "set memory.tier to disk, or leave memory.directory out."
             )
         if not self.by_record:
             for name in ("rows", "state"):

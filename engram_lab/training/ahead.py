@@ -35,7 +35,7 @@ class AnnouncingLoader:
 
     Args:
         loader: micro-batches with "addresses" [M, B, T, H].
-        announce: takes an optimizer step and the addresses of its micro-batches; called once a step, in order.
+        announce: takes an optimizer step and the addresses of its micro-batches; called in order.
         micro_batches: A, micro-batches a step.
         depth: steps announced ahead of the one handed out.
     """

@@ -122,91 +122,98 @@ def fit(
     if engram is not None:
         hash = NgramHash.build(engram, corpus.canonical, corpus.vocab_size, corpus.eos_id)
     log_every = recipe.trainer.get("log_every_n_steps") or 10
-    rows = None
-    if engram is not None and engram.n_heads and recipe.memory.by_record:
-        rows = TableRows(
-            recipe.memory,
-            engram,
-            recipe.optimizer,
-            total_steps=config.steps,
-            seed=recipe.seed,
-            directory=directory,
-            identity=run.identity,
-            every=log_every,
+    rows = _table_rows(run, directory, log_every)
+    with contextlib.nullcontext() if rows is None else contextlib.closing(rows):
+        module = EngramModule(
+            network, recipe.optimizer, corpus, total_steps=config.steps, seed=recipe.seed, rows=rows
         )
-    module = EngramModule(
-        network, recipe.optimizer, corpus, total_steps=config.steps, seed=recipe.seed, rows=rows
-    )
-    data = EngramDataModule(config, corpus, hash, seed=recipe.seed, rows=rows)
-    interval = -(-config.steps // (config.evaluations + 1)) if config.evaluations else None
-    before = _seconds_so_far(directory)
-    started = time.perf_counter()
-    with stop.listening(), _quiet():
-        trainer = build_trainer(
-            recipe.trainer,
-            steps=config.steps,
-            evaluate_every=interval,
-            callbacks=[
-                StepLog(
-                    every=log_every,
-                    steps=config.steps,
-                    tokens_per_step=config.tokens_per_step,
-                    observer=observer,
-                ),
-                *([] if rows is None else [rows]),
-                MemoryHealth(),
-                FlushBeforeCheckpoint(),
-                Checkpoints(
-                    checkpoints,
-                    every=recipe.checkpoint_every_n_steps,
-                    evaluate_every=interval,
-                    request=stop,
-                    committed=None if rows is None else rows.committed,
-                ),
-            ],
-            logger=record.logger() if record is not None else None,
-            progress_bar=progress_bar,
-        )
-        try:
-            checkpoint = latest_checkpoint(directory)
+        data = EngramDataModule(config, corpus, hash, seed=recipe.seed, rows=rows)
+        interval = -(-config.steps // (config.evaluations + 1)) if config.evaluations else None
+        before = _seconds_so_far(directory)
+        started = time.perf_counter()
+        with stop.listening(), _quiet():
+            trainer = build_trainer(
+                recipe.trainer,
+                steps=config.steps,
+                evaluate_every=interval,
+                callbacks=[
+                    StepLog(
+                        every=log_every,
+                        steps=config.steps,
+                        tokens_per_step=config.tokens_per_step,
+                        observer=observer,
+                    ),
+                    *([] if rows is None else [rows]),
+                    MemoryHealth(),
+                    FlushBeforeCheckpoint(),
+                    Checkpoints(
+                        checkpoints,
+                        every=recipe.checkpoint_every_n_steps,
+                        evaluate_every=interval,
+                        request=stop,
+                        committed=None if rows is None else rows.committed,
+                    ),
+                ],
+                logger=record.logger() if record is not None else None,
+                progress_bar=progress_bar,
+            )
             try:
-                trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-            except RuntimeError as error:
-                if checkpoint is not None and "loading state_dict" in str(error):
-                    raise UserError(
-                        f"{checkpoint} was written by another version of the code and does not fit this one; "
-                        "go back to that version, or delete the file to train the run anew."
-                    ) from error
-                raise
-            if module.evaluated is None or module.evaluated[0] != config.steps:
-                trainer.validate(module, data, verbose=False)
-        finally:
-            seconds = before + time.perf_counter() - started
-            if trainer.is_global_zero:
-                write_atomically(directory / "seconds", f"{seconds:.3f}\n")
-    assert module.evaluated is not None
-    numbers = module.evaluated[1]
-    result = RunResult(
-        identity=run.identity,
-        loss=numbers["val/loss"],
-        bits_per_byte=numbers["val/bits_per_byte"],
-        steps=config.steps,
-        tokens=run.tokens,
-        seconds=seconds,
-    )
-    if trainer.is_global_zero:
-        save(module.net, directory / "model", tokenizer_hash=corpus.tokenizer_hash)
-        shutil.copyfile(corpus.path / TOKENIZER, directory / "model" / TOKENIZER)
-        write_atomically(directory / "result.json", json.dumps(asdict(result), indent=1))
-        for file in checkpoints.glob("*.ckpt"):
-            file.unlink()
-    return result
+                checkpoint = latest_checkpoint(directory)
+                try:
+                    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+                except RuntimeError as error:
+                    if checkpoint is not None and "loading state_dict" in str(error):
+                        raise UserError(
+                            f"{checkpoint} was written by another version of the code and does not fit this "
+                            "one; go back to that version, or delete the file to train the run anew."
+                        ) from error
+                    raise
+                if module.evaluated is None or module.evaluated[0] != config.steps:
+                    trainer.validate(module, data, verbose=False)
+            finally:
+                seconds = before + time.perf_counter() - started
+                if trainer.is_global_zero:
+                    write_atomically(directory / "seconds", f"{seconds:.3f}\n")
+        assert module.evaluated is not None
+        numbers = module.evaluated[1]
+        result = RunResult(
+            identity=run.identity,
+            loss=numbers["val/loss"],
+            bits_per_byte=numbers["val/bits_per_byte"],
+            steps=config.steps,
+            tokens=run.tokens,
+            seconds=seconds,
+        )
+        if trainer.is_global_zero:
+            save(module.net, directory / "model", tokenizer_hash=corpus.tokenizer_hash)
+            shutil.copyfile(corpus.path / TOKENIZER, directory / "model" / TOKENIZER)
+            write_atomically(directory / "result.json", json.dumps(asdict(result), indent=1))
+            for file in checkpoints.glob("*.ckpt"):
+                file.unlink()
+        return result
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
     """The checkpoint with the most steps; all are whole, since they are written aside and renamed."""
     files = list((directory / "checkpoints").glob("step=*.ckpt"))
     return max(files, key=lambda f: int(f.stem.split("=")[1]), default=None)
+
+
+def _table_rows(run: ResolvedRun, directory: Path, log_every: int) -> TableRows | None:
+    """The run's rows, where they move as records."""
+    recipe, engram = run.recipe, run.network.engram
+    if engram is None or not engram.n_heads or not recipe.memory.by_record:
+        return None
+    return TableRows(
+        recipe.memory,
+        engram,
+        recipe.optimizer,
+        total_steps=recipe.data.steps,
+        seed=recipe.seed,
+        directory=directory,
+        identity=run.identity,
+        every=log_every,
+    )
 
 
 def _seconds_so_far(directory: Path) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engram_lab.errors import UserError
 from engram_lab.memory.config import MemoryConfig
+from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.far import FarTable
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
@@ -62,7 +63,7 @@ class TableRows(Callback):
     ) -> None:
         self.config, self.engram, self.optimizer = config, engram, optimizer
         self.total_steps, self.seed, self.identity, self.every = total_steps, seed, identity, every
-        self.directory = directory
+        self.file = Path(config.directory or directory) / f"{identity}.table"
         self.first_row = [0, *itertools.accumulate(table_rows(engram))]  # and, last, the number of rows
         self.layout = RecordLayout(
             row_dim=engram.row_dim,
@@ -159,7 +160,10 @@ class TableRows(Callback):
             return DeviceStore(rows, size, device)
         if self.config.tier == "host":
             return HostStore(rows, size, threads=threads)
-        raise NotImplementedError
+        assert self.config.tier == "disk", self.config.tier
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        cache = self.config.cache_rows
+        return DiskStore(self.file, self.layout, rows, self.identity, cache_rows=cache, threads=threads)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -183,18 +187,18 @@ class TableRows(Callback):
         if trainer.logger is None or not stepped or (step % self.every and step != self.total_steps):
             return
         e = self.pipeline.take_economy()
-        if e.steps:
-            trainer.logger.log_metrics(
-                {
-                    "rows/unique": e.unique / e.steps,
-                    "rows/unique_share": e.unique / e.reads,
-                    "rows/repeated_share": e.repeated / e.unique,
-                    "rows/bytes_moved": e.bytes_moved / e.steps,
-                    "rows/wait_seconds": e.waited / e.steps,
-                    "train/lr_tables": self.rates(step),
-                },
-                step=step,
-            )
+        numbers = {
+            "rows/unique": e.unique / e.steps,
+            "rows/unique_share": e.unique / e.reads,
+            "rows/repeated_share": e.repeated / e.unique,
+            "rows/bytes_moved": e.bytes_moved / e.steps,
+            "rows/wait_seconds": e.waited / e.steps,
+            "train/lr_tables": self.rates(step),
+        }
+        store = self.pipeline.store
+        if isinstance(store, DiskStore) and store.reads:
+            numbers["rows/cache_hit_share"] = store.hits / store.reads
+        trainer.logger.log_metrics(numbers, step=step)
 
     def close(self) -> None:
         """Let updates under way land, and end threads, memory and files."""

@@ -12,7 +12,9 @@ from engram_lab.recipe import Recipe
 from engram_lab.training.callbacks import Progress, StopRequest
 from engram_lab.training.run import train
 
-RESIDENT = {"unique_rows": True}
+RESIDENT: dict[str, Any] = {"unique_rows": True}
+HOST: dict[str, Any] = {"tier": "host"}
+DISK: dict[str, Any] = {"tier": "disk", "cache_rows": 100}
 
 
 def recipe(tiny: dict[str, Any], folder: Path, memory: dict[str, Any], **overrides: Any) -> Recipe:
@@ -36,12 +38,12 @@ def losses(recipe: Recipe, stop: StopRequest | None = None, stop_at: int | None 
 
 
 @pytest.mark.parametrize("rule", ["adam", "adagrad", "sinkhorn"])
-def test_host_equals_resident_bit_for_bit(tiny: dict[str, Any], tmp_path: Path, rule: str) -> None:
+def test_tiers_are_equal_bit_for_bit(tiny: dict[str, Any], tmp_path: Path, rule: str) -> None:
     options = {"optimizer.table_optimizer": rule, "trainer.accumulate_grad_batches": 2}
     resident = losses(recipe(tiny, tmp_path / "resident", RESIDENT, **options))
-    host = losses(recipe(tiny, tmp_path / "host", {"tier": "host", "depth": 3}, **options))
-    assert host == resident
-    assert len(host) == 25
+    assert len(resident) == 25
+    for tier in (HOST, DISK):
+        assert losses(recipe(tiny, tmp_path / tier["tier"], {**tier, "depth": 3}, **options)) == resident
 
 
 def test_unique_rows_train_as_the_dense_table_does(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -50,11 +52,10 @@ def test_unique_rows_train_as_the_dense_table_does(tiny: dict[str, Any], tmp_pat
     assert rows == pytest.approx(dense, abs=2e-4)
 
 
-@pytest.mark.parametrize("memory", [RESIDENT, {"tier": "host"}], ids=["resident", "host"])
+@pytest.mark.parametrize("memory", [RESIDENT, HOST, DISK], ids=["resident", "host", "disk"])
 def test_a_stopped_run_goes_on_exactly(tiny: dict[str, Any], tmp_path: Path, memory: dict[str, Any]) -> None:
     whole = losses(recipe(tiny, tmp_path / "whole", RESIDENT))
     again = recipe(tiny, tmp_path / "again", memory)
-    seen: list[float] = []
     for stop_at in (4, 11, 17):
         stop = StopRequest()
         with pytest.raises(KeyboardInterrupt):
