@@ -14,22 +14,18 @@ from scaling.allocation_families import FLOOR, allocation_families
 from scaling.allocation_results import AllocationFit, AllocationModel, Optimum, Plateau, Valley
 from scaling.curvefit import CurveFit, fit_curve, union
 from scaling.errors import ScalingError
-from scaling.families import Family, no_slope
+from scaling.families import Family
 from scaling.frame import Source, budget_groups, finished, numbers, read
 from scaling.lack import with_lack
-from scaling.observations import Observations, observe, pure_error
+from scaling.observations import Observations, observe
 from scaling.robust import reweigh
+from scaling.scatter import Scatter, scatter_of
 from scaling.unimodal import valley_fit
-from scaling.ushape import SIZE, Scatter, UShape, cells, judge
+from scaling.ushape import SIZE, UShape, cells, judge
 
 CREDIBLE = 4.0
 """Families within this delta AICc of the best one form the headline interval: measured to cover .91-.95
 where the best one alone covers .80-.94.
-"""
-HILL = "parabola of either sign"
-PURE_ERROR_DOF = 8
-"""Fewest degrees of freedom between seeds at which the U test takes its SD from replicates instead of
-residuals.
 """
 
 
@@ -125,7 +121,7 @@ def analyse(
 ) -> AllocationFit:
     """The fit of observations that are ready."""
     models = _compare(tuple(_model(fit_curve(family, obs, confidence)) for family in families))
-    scatter = _scatter(obs, models)
+    scatter = scatter_of(obs, models)
     shape = judge(obs, scatter, seed=seed, confidence=confidence)
     optimum = _headline(obs, models, shape, confidence)
     data = cells(obs)
@@ -217,47 +213,6 @@ def _compare(models: tuple[AllocationModel, ...]) -> tuple[AllocationModel, ...]
         return models
     best = min(scores)
     return tuple(m if m.aicc is None else dataclasses.replace(m, delta_aicc=m.aicc - best) for m in models)
-
-
-def _scatter(obs: Observations, models: tuple[AllocationModel, ...]) -> Scatter:
-    """Where the tests of shape take the scatter of runs from.
-
-    Without a known SD or replicates it is the best of the families and of a parabola of either sign, so
-    that a hill is not judged by its distance from the constant.
-    """
-    if obs.known:
-        return Scatter(variance=1.0, dof=math.inf, source="column loss_sd")
-    within, inner = pure_error(obs)
-    if inner >= PURE_ERROR_DOF and within > 0:
-        source = f"replicates ({inner} degrees of freedom)"
-        return Scatter(variance=within / inner, dof=float(inner), source=source)
-    few = len(obs.cells) < 6
-    candidates = [
-        (m.rss / m.dof if few else m.aicc, m.rss / m.dof, m.dof, m.name)
-        for m in (*models, _parabola(obs))
-        if m.rss is not None and m.aicc is not None and m.dof >= 2
-        if (m.name in ("constant", "quadratic", HILL) if few else m.eligible)
-    ]
-    if not candidates:
-        return Scatter(variance=0.0, dof=0.0, source="nothing")
-    _, variance, dof, name = min(candidates)
-    floor = float(obs.weight.mean()) * (1e-12 * max(1.0, float(np.abs(obs.y).max()))) ** 2
-    variance = 0.0 if obs.flat else max(variance, floor)
-    return Scatter(variance=variance, dof=float(dof), source=f"residuals of {name}", about=name)
-
-
-def _parabola(obs: Observations) -> CurveFit:
-    """c + b1 rho + b2 rho^2, the curvature of either sign."""
-    family = Family(
-        name=HILL,
-        formula="c + b1 rho + b2 rho^2",
-        amplitude="b2",
-        basis=lambda theta, x: np.broadcast_to(x**2, (*theta.shape[:-1], len(x))).copy(),
-        slope=no_slope,
-        positive=False,
-        extra=(("b1", lambda x: x),),
-    )
-    return fit_curve(family, obs)
 
 
 def _headline(

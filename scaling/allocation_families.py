@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from scaling import boxcox
-from scaling.families import Family, no_slope, nothing
+from scaling.families import CONSTANT, Family
 from scaling.separable import Axis, Basis, Slope
 
 FLOOR = 0.06
@@ -130,7 +130,6 @@ def _with_jump(family: Family) -> Family:
 
 def allocation_families(floor: float = FLOOR) -> tuple[Family, ...]:
     """Every parametric allocation family, simplest first; `floor` is r0 = k / (E_1 - k)."""
-    constant = Family(name="constant", formula="c", amplitude="", basis=nothing, slope=no_slope)
     quadratic = Family(
         name="quadratic",
         formula="c + b (rho - rho*)^2",
@@ -178,7 +177,7 @@ def allocation_families(floor: float = FLOOR) -> tuple[Family, ...]:
         derived=returns,
     )
     return (
-        constant,
+        CONSTANT,
         quadratic,
         _with_jump(quadratic),
         cubic,

@@ -272,6 +272,14 @@ def fit_curve(family: Family, obs: Observations, confidence: float = 0.95) -> Cu
     return _noted(fit, notes)
 
 
+def residuals(fit: CurveFit) -> np.ndarray:
+    """Loss minus fitted loss of every observation [n], effects of blocks (paired seeds) taken out."""
+    design, y = fit.design, fit.obs.y
+    linear, b = design.coefficients(y, fit.theta[None])
+    fitted = design.nuisance @ linear[0] + b[0] * fit.family.basis(fit.theta[None], fit.obs.x)[0]
+    return np.asarray(y - fitted)
+
+
 def _noted(fit: CurveFit, notes: Sequence[str]) -> CurveFit:
     """The fit with `notes`; the first one names the status."""
     status = notes[0].split(":")[0] if notes else "converged"

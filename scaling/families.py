@@ -75,3 +75,7 @@ def nothing(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
 def no_slope(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
     """The derivative of a basis without parameters."""
     return np.zeros((*theta.shape[:-1], len(x), theta.shape[-1]))
+
+
+CONSTANT = Family(name="constant", formula="c", amplitude="", basis=nothing, slope=no_slope)
+"""No dependence on x at all."""

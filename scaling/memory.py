@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from scaling.allocation import one_budget
-from scaling.curvefit import CurveFit, Interval, fit_curve
+from scaling.curvefit import CurveFit, fit_curve
 from scaling.errors import ScalingError
 from scaling.frame import Excluded, Source, finished, numbers, read
 from scaling.lack import with_lack
 from scaling.memory_families import memory_families
+from scaling.memory_verdict import PowerLaw, power_law
 from scaling.observations import Observations, observe
 from scaling.robust import reweigh
 
@@ -33,28 +34,6 @@ class MemoryModel(CurveFit):
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**self.summary(), "scope": self.scope}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PowerLaw:
-    """What the profile interval of alpha in c - b z_alpha(M/M_ref) allows to be said."""
-
-    verdict: str
-    """"power law" (alpha > 0), "log-linear not excluded", "faster than logarithmic" (alpha < 0), "no effect
-    of memory seen" (the slope may be zero), or "undetermined".
-    """
-    alpha: float | None
-    interval: Interval
-    reason: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "verdict": self.verdict,
-            "alpha": self.alpha,
-            "interval": list(self.interval),
-            "reason": self.reason,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +153,7 @@ def analyse(
         decades=float(np.log10(above.max() / above.min())),
         models=tuple(models),
         best=best,
-        power_law=_verdict(obs, models),
+        power_law=power_law(positive, models),
         held=held or {},
         excluded=obs.excluded,
         observations=obs,
@@ -199,55 +178,3 @@ def _compare(models: list[MemoryModel]) -> list[MemoryModel]:
         delta = None if model.aicc is None or not scores else model.aicc - min(scores)
         out.append(MemoryModel(**{**model.__dict__, "delta_aicc": delta}))
     return out
-
-
-def _verdict(obs: Observations, models: list[MemoryModel]) -> PowerLaw:
-    curve = next(m for m in models if m.name == "box-cox")
-    line = next(m for m in models if m.name == "log-linear")
-    nothing: dict[str, Any] = {"alpha": None, "interval": (None, None)}
-    if obs.flat:
-        return PowerLaw(verdict="undetermined", **nothing, reason="all losses are equal")
-    if not curve.fitted or not line.fitted:
-        reason = (line if not line.fitted else curve).notes[0]
-        return PowerLaw(verdict="undetermined", **nothing, reason=reason)
-    alpha, ends = curve.params["alpha"], curve.intervals["alpha"]
-    low, high = ends
-    sizes = len(curve.obs.cells)
-    if not curve.eligible:
-        return PowerLaw(
-            verdict="undetermined",
-            alpha=None,
-            interval=ends,
-            reason=f"{sizes} distinct sizes; {curve.k + 3} are needed before an exponent may be claimed",
-        )
-    slope = line.intervals["b"]
-    if (
-        slope[0] is not None
-        and slope[1] is not None
-        and slope[0] <= 0 <= slope[1]
-        and (low is None or high is None)
-    ):
-        return PowerLaw(
-            verdict="no effect of memory seen",
-            alpha=None,
-            interval=ends,
-            reason="the slope in ln M may be zero, so its exponent has no meaning",
-        )
-    if low is not None and low > 0:
-        return PowerLaw(
-            verdict="power law", alpha=alpha, interval=ends, reason="the interval of alpha lies above 0"
-        )
-    if high is not None and high < 0:
-        return PowerLaw(
-            verdict="faster than logarithmic",
-            alpha=alpha,
-            interval=ends,
-            reason="the interval of alpha lies below 0: the gain per decade grows",
-        )
-    if low is None and high is None:
-        return PowerLaw(
-            verdict="undetermined", alpha=None, interval=ends, reason="the data set no bound on alpha"
-        )
-    return PowerLaw(
-        verdict="log-linear not excluded", alpha=alpha, interval=ends, reason="the interval of alpha holds 0"
-    )

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from scaling.observations import Observations
+from scaling.scatter import Scatter
 from scaling.separable import quantile_t
 from scaling.tails import t_cdf
 from scaling.unimodal import antitonic, isotonic, valley, valley_fit
@@ -55,19 +56,6 @@ class Contrast:
             "interval": list(self.interval),
             "p_value": self.p_value,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scatter:
-    """What the tests take as the scatter of runs."""
-
-    variance: float
-    """Of an observation of weight 1; 0 when there is nothing to take it from."""
-    dof: float
-    """Degrees of freedom of `variance`, infinite when it is known."""
-    source: str
-    about: str = ""
-    """The family whose residuals it comes from; empty when it is known or comes from replicates."""
 
 
 @dataclass(frozen=True, kw_only=True)

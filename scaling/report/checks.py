@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from scaling.choosing import Influence
+from scaling.curvefit import residuals
 from scaling.report import checkplots
 from scaling.report.adequacy import BudgetTrial, Trial
 from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
 from scaling.report.drawing import SHARE, Estimate, Label, Points
 from scaling.report.memories import AXES
-from scaling.report.models import residuals
 from scaling.report.numbers import fixed, interval, short, significant
 
 INFLUENCES = 12

@@ -39,14 +39,6 @@ def curve(model: CurveFit, x: Array) -> Curve:
     return Curve(name=model.name, x=x, mean=model.predict(x), low=low, high=high)
 
 
-def residuals(fit: CurveFit) -> Array:
-    """Return loss minus fitted loss of every run of a fit, effects of blocks (paired seeds) taken out."""
-    design, y = fit.design, fit.obs.y
-    linear, b = design.coefficients(y, fit.theta[None])
-    fitted = design.nuisance @ linear[0] + b[0] * fit.family.basis(fit.theta[None], fit.obs.x)[0]
-    return np.asarray(y - fitted)
-
-
 def profile_f(fit: CurveFit, values: Array) -> tuple[Array, float]:
     """Return the profile F of a fit's only non-linear parameter at `values`, and its 95 % threshold."""
     assert len(fit.family.axes) == 1

@@ -200,7 +200,7 @@ MEMORIES: Mapping[str, str] = {
     ),
     "no effect of memory seen": "no effect of memory on loss is seen: {reason}",
     "memory hurts": "loss rises with memory: {reason}",
-    "neither": "loss follows no law of memory that is fitted here: {reason}",
+    "neither": "neither a straight line in the logarithm of memory nor a power law describes loss: {reason}",
     "undetermined": "the law of memory is undetermined at this scale: {reason}",
 }
 """Verdict of `scaling.memory` -> how it is said."""

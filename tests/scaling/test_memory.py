@@ -126,3 +126,45 @@ def test_hostile_tables(sizes, scale, seed):
     json.dumps(fit.to_dict(), allow_nan=False)
     if len({size for size in sizes if size > 0}) < 6:
         assert fit.power_law.alpha is None
+
+
+@pytest.mark.parametrize("curve", ["valley", "hill", "zigzag"])
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_bent_curve_is_an_effect_that_no_line_describes(curve, seeds):
+    u = np.log(SIZES / np.exp(np.log(SIZES).mean()))
+    bent = {"valley": 0.004 * u**2, "hill": -0.004 * u**2, "zigzag": 0.01 * (-1.0) ** np.arange(10)}[curve]
+    rng = np.random.default_rng(0)
+    table = {
+        "slots": np.tile(SIZES, seeds),
+        "loss": np.tile(1.75 + bent, seeds) + 0.0005 * rng.standard_normal(10 * seeds),
+    }
+    law = fit_memory(table).power_law
+    if curve == "zigzag" and seeds == 1:
+        assert law.verdict in ("no effect of memory seen", "undetermined")
+    else:
+        assert law.verdict == "neither"
+        assert law.p_effect < 0.05
+        assert law.alpha is None
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, -0.5])
+def test_memory_that_hurts_is_said_to_hurt(alpha):
+    law = fit_memory({"slots": SIZES, "loss": box_cox(SIZES, alpha, b=-0.012) + noise(0)}).power_law
+    assert law.verdict == "memory hurts"
+    assert law.alpha is None
+
+
+def test_a_sharp_break_is_no_power_law():
+    u = np.log(SIZES / SIZES[0])
+    loss = 1.8 - 0.02 * u + 0.018 * np.maximum(u - 3, 0) + noise(0, 0.0001)
+    law = fit_memory({"slots": SIZES, "loss": loss}).power_law
+    assert law.verdict == "neither"
+    assert "one-break" in law.reason
+
+
+def test_the_test_of_any_effect_keeps_its_size():
+    p = [
+        fit_memory({"slots": SIZES[:8], "loss": 1.75 + noise(seed, 0.001, 8)}).power_law.p_effect
+        for seed in range(60)
+    ]
+    assert sum(value <= 0.05 for value in p) <= 10  # P(more | rate .05) < 1e-3

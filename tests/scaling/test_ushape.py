@@ -5,7 +5,8 @@ import pytest
 from scaling_truths import RHO, ten_points, u_curve
 
 from scaling.observations import build
-from scaling.ushape import Scatter, cells, directional_p, judge, slope_p, two_lines_p
+from scaling.scatter import Scatter
+from scaling.ushape import cells, directional_p, judge, slope_p, two_lines_p
 
 
 def shape(y, sd, dof=8.0, seed=0):

@@ -1,0 +1,66 @@
+"""How much runs scatter about whatever curve is true, and how well that is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from scaling.curvefit import CurveFit, fit_curve
+from scaling.families import Family, no_slope
+from scaling.observations import Observations, pure_error
+
+PURE_ERROR_DOF = 8
+"""Fewest degrees of freedom between seeds at which replicates say how much runs scatter."""
+FEW = 6
+"""Below this many distinct x no curve but the constant and parabolas is tried."""
+PARABOLA = Family(
+    name="parabola of either sign",
+    formula="c + b1 x + b2 x^2",
+    amplitude="b2",
+    basis=lambda theta, x: np.broadcast_to(x**2, (*theta.shape[:-1], len(x))).copy(),
+    slope=no_slope,
+    positive=False,
+    extra=(("b1", lambda x: x),),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scatter:
+    """What the tests take as the scatter of runs."""
+
+    variance: float
+    """Of an observation of weight 1; 0 when there is nothing to take it from."""
+    dof: float
+    """Degrees of freedom of `variance`, infinite when it is known."""
+    source: str
+    about: str = ""
+    """The family whose residuals it comes from; empty when it is known or comes from replicates."""
+
+
+def scatter_of(obs: Observations, fits: Iterable[CurveFit]) -> Scatter:
+    """The known SD, that of replicates, or that of the residuals of the best of `fits`.
+
+    A parabola of either sign always competes, so that a hill is not judged by its distance from a constant.
+    """
+    if obs.known:
+        return Scatter(variance=1.0, dof=math.inf, source="column loss_sd")
+    within, inner = pure_error(obs)
+    if inner >= PURE_ERROR_DOF and within > 0:
+        source = f"replicates ({inner} degrees of freedom)"
+        return Scatter(variance=within / inner, dof=float(inner), source=source)
+    few = len(obs.cells) < FEW
+    candidates = [
+        (m.rss / m.dof if few else m.aicc, m.rss / m.dof, m.dof, m.name)
+        for m in (*fits, fit_curve(PARABOLA, obs))
+        if m.rss is not None and m.aicc is not None and m.dof >= 2
+        if m.eligible or (few and m.k <= PARABOLA.parameters)
+    ]
+    if not candidates:
+        return Scatter(variance=0.0, dof=0.0, source="nothing")
+    _, variance, dof, name = min(candidates)
+    floor = float(obs.weight.mean()) * (1e-12 * max(1.0, float(np.abs(obs.y).max()))) ** 2
+    variance = 0.0 if obs.flat else max(variance, floor)
+    return Scatter(variance=variance, dof=float(dof), source=f"residuals of {name}", about=name)
