@@ -189,11 +189,7 @@ class SavedRows:
             UserError: `tables`, names and numbers of rows in the order of the store, or their width differ
                 from what was exported.
         """
-        if (dict(tables), layout.row_dim) != (self.tables, self.layout.row_dim):
-            raise UserError(
-                f"The table rows in {self.folder} are {_spell(self.tables, self.layout.row_dim)}, but the "
-                f"network's are {_spell(tables, layout.row_dim)}: use the network they were trained in."
-            )
+        self.require(tables, layout.row_dim)
         first_row = _first_rows(tables)
 
         def initial(first: int, count: int, out: Tensor) -> None:
@@ -211,6 +207,14 @@ class SavedRows:
                         layout.encode(self.layout.decode(records), part)
 
         return initial
+
+    def require(self, tables: Mapping[str, int], row_dim: int) -> None:
+        """Raise UserError unless the rows are those of `tables`, by name and number of rows, and U wide."""
+        if (dict(tables), row_dim) != (self.tables, self.layout.row_dim):
+            raise UserError(
+                f"The table rows in {self.folder} are {_spell(self.tables, self.layout.row_dim)}, but the "
+                f"network's are {_spell(tables, row_dim)}: use the network they were trained in."
+            )
 
     def weights(self, table: str, first: int, count: int) -> Tensor:
         """Return the weights [count, U] (float32) of the rows that `records` would give."""

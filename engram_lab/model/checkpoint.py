@@ -1,5 +1,7 @@
 """A network as a folder: `model.safetensors` with the weights and `model.json` with everything else.
 
+The rows of its tables are among the weights, or lie beside them in shards (memory/export.py).
+
 A memory is worth something only to the tokenizer, canonical map and hash it was trained with: with another,
 every row would be read for the wrong n-gram and nothing would crash. The JSON file records all three, and a
 digest of everything else that an address depends on; loading refuses what differs.
@@ -10,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from torch import Tensor, nn
 
 from engram_lab.errors import UserError
 from engram_lab.memory.config import MemoryConfig
-from engram_lab.memory.serving import Weights, serving_table
+from engram_lab.memory.export import SavedRows, remove_rows
+from engram_lab.memory.serving import serving_table
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION, table_rows
@@ -35,6 +39,8 @@ WEIGHTS, RECORD = "model.safetensors", "model.json"
 FORMAT = 2
 READABLE = (1, 2)
 """Format 1 had no digest of addresses; its networks are still loaded, on trust."""
+ROWS_AT_ONCE = 1 << 18
+"""Rows read from shards at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,8 @@ class CheckpointRecord:
     """Version of the address function."""
     address_digest: str | None = None
     """SHA-256 of all that decides which row is read for an n-gram; None without a memory."""
+    rows_digest: str | None = None
+    """SHA-256 of the index of the shards with the tables' rows; None where rows are among the weights."""
 
     def digest(self) -> str | None:
         """Return what `address_digest` must be for the other fields."""
@@ -75,11 +83,23 @@ def canonical_hash(canonical: np.ndarray) -> str:
     return hashlib.sha256(canonical.astype("<i4").tobytes()).hexdigest()
 
 
-def save(network: Transformer, folder: str | os.PathLike[str], *, tokenizer_hash: str) -> None:
-    """Write `network` into `folder`, made if missing; each file appears whole or not at all."""
+def save(
+    network: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer_hash: str,
+    rows: Callable[[Path], None] | None = None,
+) -> None:
+    """Write `network` into `folder`, made if missing; each file appears whole or not at all.
+
+    For tables that are no parameters of it, `rows` exports (memory/export.py) their rows to the folder it is
+    given, by the names and in the numbers of `table_sizes`.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if rows is not None:
+            rows(folder)
         tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in network.state_dict().items()}
         if network.config.tie_embeddings:
             del tensors["head.weight"]
@@ -93,13 +113,21 @@ def save(network: Transformer, folder: str | os.PathLike[str], *, tokenizer_hash
             if network.hash is None
             else canonical_hash(network.hash.canonical.cpu().numpy()),
             hash_version=HASH_VERSION,
+            rows_digest=None if rows is None else SavedRows(folder).digest,
         )
         record = replace(record, address_digest=record.digest())
         (folder / f".{RECORD}.part").write_text(json.dumps(to_plain(record), indent=2) + "\n")
         for name in (WEIGHTS, RECORD):
             os.replace(folder / f".{name}.part", folder / name)
+        if rows is None:
+            remove_rows(folder)
     except OSError as error:
         raise UserError(f"The checkpoint {folder} cannot be written: {error.strerror or error}.") from error
+
+
+def table_sizes(config: EngramConfig) -> dict[str, int]:
+    """Return the number of rows of each memory's table, by the name its weights have in a network."""
+    return {f"tables.{memory}.weight": rows for memory, rows in enumerate(table_rows(config))}
 
 
 def read_record(folder: str | os.PathLike[str]) -> CheckpointRecord:
@@ -174,10 +202,11 @@ def load(
     stored = tensors.get("hash.canonical")
     if stored is not None and canonical_hash(stored.cpu().numpy()) != record.canonical_hash:
         raise UserError(f"The checkpoint {folder} is damaged: {RECORD} names another canonical map.")
+    shards = None if record.rows_digest is None else _shards(Path(folder), record)
     placed = None
     if tables is not None and memory is not None and far:
         dtype = tensors["embedding.weight"].dtype
-        placed = _far_tables(Path(folder) / WEIGHTS, memory, tables, torch.device(device), dtype)
+        placed = _far_tables(Path(folder) / WEIGHTS, shards, memory, tables, torch.device(device), dtype)
     with torch.device(device):
         network = Transformer(record.network, canonical=stored, eos_id=record.eos_id, tables=placed)
     for name, fresh in network.state_dict().items():
@@ -187,6 +216,8 @@ def load(
                 "computes, so that rows would be read for other n-grams."
             )
     network.to(tensors["embedding.weight"].dtype)
+    if shards is not None and not far:
+        tensors |= _read_tables(network, shards)
     if record.network.tie_embeddings:
         tensors["head.weight"] = tensors["embedding.weight"]
     try:
@@ -216,24 +247,54 @@ def _weights_file(path: Path, device: str = "cpu") -> Iterator[Any]:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
+def _shards(folder: Path, record: CheckpointRecord) -> SavedRows:
+    """Return the tables' rows that lie beside the weights."""
+    saved, memory = SavedRows(folder), record.network.engram
+    if memory is None or saved.digest != record.rows_digest:
+        raise UserError(
+            f"The checkpoint {folder} is damaged: its table rows are not those that {RECORD} names; restore "
+            "what was saved."
+        )
+    saved.require(table_sizes(memory), memory.row_dim)
+    return saved
+
+
+@torch.no_grad()
+def _read_tables(network: Transformer, shards: SavedRows) -> dict[str, Tensor]:
+    """Read the rows into the network's own tables, which are returned by name."""
+    tables: dict[str, Tensor] = {name: network.get_parameter(name) for name in shards.tables}
+    for name, table in tables.items():
+        first = 0
+        for part in table.split(ROWS_AT_ONCE):
+            part.copy_(shards.weights(name, first, len(part)))
+            first += len(part)
+    return tables
+
+
 def _far_tables(
-    path: Path, engram: EngramConfig, memory: MemoryConfig, device: torch.device, dtype: torch.dtype
+    path: Path,
+    shards: SavedRows | None,
+    engram: EngramConfig,
+    memory: MemoryConfig,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> nn.ModuleList:
-    """Return every memory's table, its rows read from the weights' file as they are needed."""
-    digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest() if memory.tier == "disk" else ""
+    """Return every memory's table, its rows read from the shards or the weights' file as they are needed."""
+    digest = ""
+    if memory.tier == "disk":
+        digest = shards.digest if shards else hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
 
-    def rows_of(name: str) -> Weights:
-        def rows(first: int, count: int) -> Tensor:
-            with _weights_file(path) as file:
-                part: Tensor = file.get_slice(name)[first : first + count]
-                return part
-
-        return rows
+    def rows(name: str, first: int, count: int) -> Tensor:
+        if shards is not None:
+            return shards.weights(name, first, count)
+        with _weights_file(path) as file:
+            part: Tensor = file.get_slice(name)[first : first + count]
+            return part
 
     return nn.ModuleList(
         serving_table(
-            rows_of(f"tables.{m}.weight"),
-            rows,
+            partial(rows, name),
+            count,
             engram.row_dim,
             storage=engram.row_storage,
             memory=memory,
@@ -241,5 +302,5 @@ def _far_tables(
             device=device,
             dtype=dtype,
         )
-        for m, rows in enumerate(table_rows(engram))
+        for m, (name, count) in enumerate(table_sizes(engram).items())
     )

@@ -1,14 +1,22 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from torch import nn
 
 from engram_lab.errors import UserError
+from engram_lab.memory.config import MemoryConfig
+from engram_lab.memory.export import export_rows
+from engram_lab.memory.far import FarTable
+from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.stores import DeviceStore
 from engram_lab.model import checkpoint
 from engram_lab.model.attention import AttentionConfig
-from engram_lab.model.checkpoint import load, read_record, save
+from engram_lab.model.checkpoint import load, read_record, save, table_sizes
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.experts import FeedForwardConfig
@@ -223,3 +231,80 @@ def test_configurations_survive_json():
     plain["attention"]["n_head"] = 3
     with pytest.raises(UserError, match=r"unknown model field 'attention.n_head'. Did you mean 'n_heads'\?"):
         from_plain(ModelConfig, plain, "model")
+
+
+def save_in_shards(model: Transformer, folder: Path, **options) -> None:
+    """As a run does whose rows live in a store: the network itself has none."""
+    memory = model.config.engram
+    layout = RecordLayout(row_dim=memory.row_dim, rule="adam")
+    sizes = table_sizes(memory)
+    store = DeviceStore(sum(sizes.values()), layout.record_bytes)
+    layout.encode(torch.cat([model.get_parameter(name).detach() for name in sizes]), store.records)
+    layout.fields(store.records)["exp_avg"].normal_()
+    far = nn.ModuleList(FarTable(m) for m in range(len(memory.layers)))
+    bare = Transformer(model.config, canonical=torch.from_numpy(CANONICAL), eos_id=5, tables=far)
+    bare.load_state_dict(model.state_dict(), strict=False)
+
+    def rows(where: Path) -> None:
+        export_rows(store, where, sizes, layout.decode, row_dim=memory.row_dim, **options)
+
+    save(bare, folder, tokenizer_hash="a", rows=rows)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert not [name for name in file.keys() if name.startswith("tables.")]  # noqa: SIM118
+
+
+@pytest.mark.parametrize("max_shard_bytes", [200, 1 << 20])
+def test_tables_in_shards_give_the_same_network(tmp_path, max_shard_bytes):
+    model = network()
+    save_in_shards(model, tmp_path, max_shard_bytes=max_shard_bytes)
+    again = load(tmp_path, tokenizer_hash="a", canonical=CANONICAL)
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(again(IDS), model(IDS))
+    for place in (MemoryConfig(tier="host"), MemoryConfig(tier="disk", directory=str(tmp_path / "tables"))):
+        assert torch.equal(load(tmp_path, tables=place)(IDS), model(IDS)), place.tier
+    # Saved whole in their place, the shards are gone.
+    save(model, tmp_path, tokenizer_hash="a")
+    assert not list(tmp_path.glob("rows*"))
+    assert torch.equal(load(tmp_path)(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float8"])
+def test_shards_hold_rows_as_they_are_served(tmp_path, storage):
+    memory = dataclasses.replace(FULL.engram, row_storage=storage)
+    model = network(dataclasses.replace(FULL, engram=memory))
+    save_in_shards(model, tmp_path, storage=storage)
+    again = load(tmp_path)
+    assert torch.equal(again(IDS), model(IDS)), "rows are rounded once, whether before or after saving"
+    assert not torch.equal(again.tables[0].weight, model.tables[0].weight)
+
+
+def test_damage_to_shards_is_named(tmp_path):
+    save_in_shards(network(), tmp_path, max_shard_bytes=500)
+    shard = sorted(tmp_path.glob("rows-00002*"))[0]
+    whole, index = shard.read_bytes(), (tmp_path / "rows.index.json").read_bytes()
+    shard.write_bytes(whole[:-1])
+    assert f"{shard} is damaged" in refusal(tmp_path)
+    shard.unlink()
+    assert f"{shard} is missing" in refusal(tmp_path)
+    shard.write_bytes(whole)
+    load(tmp_path)
+    other = network()
+    torch.nn.init.ones_(other.tables[0].weight)
+    save_in_shards(other, tmp_path, max_shard_bytes=500)
+    (tmp_path / "rows.index.json").write_bytes(index)
+    assert "its table rows are not those that model.json names" in refusal(tmp_path)
+    (tmp_path / "rows.index.json").unlink()
+    assert "there is no rows.index.json" in refusal(tmp_path)
+
+
+def test_rows_that_cannot_be_exported_leave_the_old_checkpoint(tmp_path):
+    old = network()
+    save_in_shards(old, tmp_path)
+
+    def full_disk(_folder):
+        raise UserError("no room.")
+
+    with pytest.raises(UserError, match="no room"):
+        save(network(), tmp_path, tokenizer_hash="b", rows=full_disk)
+    assert read_record(tmp_path).tokenizer_hash == "a"
+    assert torch.equal(load(tmp_path)(IDS), old(IDS))
