@@ -2,12 +2,15 @@
 
     block 0: magic, CRC-32 and length of the header; header (JSON) | records [R] | zeros to a whole block
 
-A store that is written reads through the page cache: a record is smaller than a page, and writing it into a
-page that is not in memory costs another read, during which the kernel lets no other write through (12
-thousand writes a second, against 250 to 600 thousand where the page was read shortly before). A store that is
-only read goes around the page cache, so that its memory is the cache given to it and nothing else is evicted.
-Reads are what deep queues make fast: 8 thousand a second in one thread, 58 thousand in 64 (4 KiB, random).
-Figures of benchmarks/gather_rows.py on two virtual cores and a virtual disk; io_uring needs more than Python.
+A store that is written reads through the page cache: a record is smaller than a page, and to write it into a
+page that is not in memory the kernel reads the page, letting no other write to the file through meanwhile (6
+thousand writes a second; 27 thousand where threads read the pages before; 52 thousand where the rows had been
+read, as those of a step have). A store that is only read goes around the page cache, so that its memory is
+the cache given to it and nothing else is evicted. Deep queues make reads fast: 7 thousand a second in one
+thread, 35 thousand in 64. io_uring cannot be reached from Python alone.
+
+Figures: python benchmarks/disk_rows.py DIRECTORY --gib 2 --turns 2, rows of 208 bytes, on two busy virtual
+cores with a virtual disk.
 
 Shapes: n records moved, R rows, S bytes of one record.
 """

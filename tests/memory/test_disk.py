@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
 from engram_lab.errors import UserError
@@ -73,6 +77,76 @@ def test_records_outlive_the_store(tmp_path: Path, writable: bool, cache_rows: i
     assert (again.hits > 0) == (cache_rows > 0)
     assert again.bytes_read == (again.reads - again.hits) * LAYOUT.record_bytes
     again.close()
+
+
+class OneTable(RuleBasedStateMachine):
+    """A disk store, opened and closed at will, beside a tensor and a list of what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "t.rows"
+        self.rows = expected()
+        self.since: dict[str, set[int]] = {"start": set()}
+        filled(self.path).close()
+        self.store = self.opened(0)
+
+    def opened(self, cache_rows: int) -> DiskStore:
+        return DiskStore(self.path, LAYOUT, ROWS, "hash 1", cache_rows=cache_rows, threads=3)
+
+    @rule(seed=st.integers(0, 2**20), n=st.integers(0, 400), first=st.integers(0, ROWS - 1))
+    def write(self, seed: int, n: int, first: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        ids = first + torch.randperm(min(2 * n + 1, ROWS - first), generator=generator)[:n]
+        records = torch.randint(0, 256, (n, LAYOUT.record_bytes), dtype=torch.uint8, generator=generator)
+        self.store.write(ids, records)
+        self.rows[ids] = records[: len(ids)]
+        for written in self.since.values():
+            written.update(ids.tolist())
+
+    @rule(seed=st.integers(0, 2**20), n=st.integers(0, 400))
+    def read(self, seed: int, n: int) -> None:
+        ids = torch.randint(0, ROWS, (n,), generator=torch.Generator().manual_seed(seed))
+        out = torch.empty(n, LAYOUT.record_bytes, dtype=torch.uint8)
+        self.store.read(ids, out)
+        assert torch.equal(out, self.rows[ids])
+
+    @rule(checkpoint=st.sampled_from("abc"))
+    def mark(self, checkpoint: str) -> None:
+        self.store.mark(checkpoint)
+        self.since.pop(checkpoint, None)
+        self.since[checkpoint] = set()
+
+    @rule(checkpoint=st.sampled_from("abc"))
+    def start_log(self, checkpoint: str) -> None:
+        newest = list(self.since)[-1]
+        self.store.start_log(checkpoint)
+        self.since = {checkpoint: self.since[newest] if newest == checkpoint else set()}
+
+    @rule(cache_rows=st.sampled_from([0, 8, 300]), writable=st.booleans())
+    def reopen(self, cache_rows: int, writable: bool) -> None:
+        self.store.close()
+        if not writable:
+            reader = DiskStore(self.path, LAYOUT, ROWS, "hash 1", cache_rows=cache_rows, writable=False)
+            assert torch.equal(everything(reader), self.rows)
+            reader.close()
+        self.store = self.opened(cache_rows)
+
+    @invariant()
+    def the_log_is_right(self) -> None:
+        for checkpoint, written in self.since.items():
+            found = self.store.written_since([checkpoint])
+            assert found is not None
+            assert found.tolist() == sorted(written)
+
+    def teardown(self) -> None:
+        assert torch.equal(everything(self.store), self.rows)
+        self.store.close()
+        self.folder.cleanup()
+
+
+TestOneTable = OneTable.TestCase
+TestOneTable.settings = settings(max_examples=15, stateful_step_count=20)
 
 
 def test_frequent_rows_stay_in_memory_when_all_others_are_read_once(tmp_path: Path) -> None:
