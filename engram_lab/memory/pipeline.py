@@ -27,6 +27,7 @@ from engram_lab.memory.buffers import Buffers, Slot
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.plan import Plan, deduplicate, overlap
 from engram_lab.memory.resident import RowStorage, round_rows
+from engram_lab.memory.row_copy import Workers
 from engram_lab.memory.row_optimizer import RowOptimizer
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.memory.touched import TouchedRows
@@ -101,6 +102,7 @@ class RowPipeline:
         device: where the network computes.
         storage: format that rows are rounded to where they are read; gradients pass it unchanged.
         committed: steps already trained, for a run that is resumed.
+        threads: that plan a step; None takes one per processor.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class RowPipeline:
         device: torch.device,
         storage: RowStorage = "float32",
         committed: int = 0,
+        threads: int | None = None,
     ) -> None:
         self.store, self.layout, self.optimizer = store, layout, optimizer
         self.first_row, self.device, self.storage = tuple(first_row), device, storage
@@ -123,6 +126,7 @@ class RowPipeline:
         self._buffers = Buffers(layout.record_bytes, device)
         self._gathering = ThreadPoolExecutor(1, thread_name_prefix="gather")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._planners = Workers(threads)
         self._announced: dict[int, Future[Gathered]] = {}
         self._open: Gathered | None = None
         # Shared with the background threads:
@@ -163,7 +167,7 @@ class RowPipeline:
         rows, positions = self._opened()
         if self.storage != "float32":
             rows = rows + (round_rows(rows.detach(), self.storage) - rows).detach()
-        return F.embedding(positions[micro_batch], rows).flatten(-2)
+        return F.embedding(positions[micro_batch].permute(0, 2, 3, 1), rows).flatten(-2)
 
     def gradients(self) -> Tensor:
         """Return the gradient [n, U] of the open step's rows, to be counted in the clip norm."""
@@ -201,7 +205,7 @@ class RowPipeline:
         """
         self.flush()
         flat = addresses.detach().cpu().reshape(1, 1, -1, addresses.shape[-1])
-        plan = deduplicate([flat], self.first_row[memory : memory + 1])
+        plan = deduplicate([flat], self.first_row[memory : memory + 1], self._planners)
         records = torch.empty((len(plan.ids), self.layout.record_bytes), dtype=torch.uint8)
         if self._in_place:
             records = records.to(self.device)
@@ -211,8 +215,8 @@ class RowPipeline:
         rows = self._weights(records.to(self.device), self.committed)
         if self.storage != "float32":
             rows = round_rows(rows, self.storage)
-        positions = plan.positions.to(self.device).view(addresses.shape)
-        return F.embedding(positions, rows).flatten(-2)
+        positions = plan.positions.view(addresses.shape[-1], -1).to(self.device)
+        return F.embedding(positions.mT, rows).view(*addresses.shape[:-1], -1)
 
     def flush(self) -> None:
         """Wait until every update is in the store."""
@@ -222,6 +226,7 @@ class RowPipeline:
         """End the threads, letting updates under way land, and close the store."""
         self._gathering.shutdown(cancel_futures=True)
         self._writing.shutdown()
+        self._planners.close()
         self.store.close()
 
     def take_economy(self) -> Economy:
@@ -230,7 +235,7 @@ class RowPipeline:
         return taken
 
     def _gather(self, step: int, addresses: Sequence[Tensor]) -> Gathered:
-        plan = deduplicate(addresses, self.first_row)
+        plan = deduplicate(addresses, self.first_row, self._planners)
         n = len(plan.ids)
         with self._changed:
             # Noted before the first row is read: an update that lands meanwhile is patched all the same.
@@ -241,9 +246,11 @@ class RowPipeline:
         slot = self._buffers.take(n)
         if not self._in_place:
             self.store.read(plan.ids, slot.host[:n])
-        stale = {s: overlap(other, plan) for s, other in earlier.items()}
+        stale = {s: overlap(other, plan, self._planners) for s, other in earlier.items()}
         before, self._previous = self._previous, plan
-        repeated = stale[step - 1] if step - 1 in stale else overlap(before, plan) if before else ((), ())
+        repeated = 0
+        if before is not None:
+            repeated = len((stale.get(step - 1) or overlap(before, plan, self._planners))[0])
         places = [place for pair in stale.values() for place in pair]
         moved = slot.upload(0 if self._in_place else n, plan.ids, plan.positions, *places)
         pairs = zip(moved[2::2], moved[3::2], strict=True)
@@ -254,7 +261,7 @@ class RowPipeline:
             ids=moved[0],
             positions=moved[1],
             stale=dict(zip(stale, pairs, strict=True)),
-            repeated=len(repeated[0]),
+            repeated=repeated,
         )
 
     def _land(self, gathered: Gathered) -> None:
@@ -276,7 +283,7 @@ class RowPipeline:
             self._changed.notify_all()
 
     def _opened(self) -> tuple[Tensor, Tensor]:
-        """Return rows [n, U] and positions [A, M, B, T, H] of the open step."""
+        """Return rows [n, U] and positions [A, M, H, B, T] of the open step."""
         assert self._open is not None, "no step has begun"
         assert self._open.rows is not None
         return self._open.rows, self._open.positions

@@ -16,6 +16,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from engram_lab.memory.row_copy import Workers
+
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: the high bits of a product with 2^64 / phi
 
 
@@ -25,7 +27,8 @@ class Plan:
 
     Attributes:
         ids: global row numbers, each once, int64 [n]; head by head, in the order of their first use.
-        positions: place in `ids` of every row that is read, int32 [A, M, B, T, H].
+        positions: place in `ids` of every row that is read, int32 [A, M, H, B, T]; heads come before
+            positions so that threads, which share out the heads, write far apart.
         starts: where the rows of each (memory, head) begin in `ids`, int64 [M * H + 1].
         slots: one hash index for each (memory, head): place in its part of `ids`, or -1; int32 [M * H, 2^k].
     """
@@ -41,7 +44,7 @@ class Plan:
         return self.positions.numel()
 
 
-def deduplicate(addresses: Sequence[Tensor], first_row: Sequence[int]) -> Plan:
+def deduplicate(addresses: Sequence[Tensor], first_row: Sequence[int], workers: Workers) -> Plan:
     """Plan a step from the addresses [M, B, T, H] of its micro-batches.
 
     `first_row` [M] is the global number of each memory's first row. Every head has rows of its own, as the
@@ -51,67 +54,82 @@ def deduplicate(addresses: Sequence[Tensor], first_row: Sequence[int]) -> Plan:
     A, M, B, T, H = stacked.shape
     reads = A * B * T
     bits = max(2, (2 * reads - 1).bit_length())  # at most half full
-    slots = np.full((M * H, 1 << bits), -1, dtype=np.int32)
-    ids = np.empty((M * H, reads), dtype=np.int64)
-    positions = np.empty((A, M, B * T, H), dtype=np.int32)
-    starts = np.zeros(M * H + 1, dtype=np.int64)
-    first = np.asarray(first_row, dtype=np.int64)
-    _deduplicate(stacked.reshape(A, M, B * T, H), first, np.uint64(64 - bits), slots, ids, positions, starts)
-    unique = np.concatenate([part[:count] for part, count in zip(ids, np.diff(starts), strict=True)])
+    slots = np.empty((M * H, 1 << bits), dtype=np.int32)
+    found = np.empty((M * H, reads), dtype=np.int64)
+    positions = np.empty((A, M * H, B * T), dtype=np.int32)
+    counts = np.zeros(M * H, dtype=np.int64)
+    given = stacked.reshape(A, M, B * T, H), np.asarray(first_row, dtype=np.int64), np.uint64(64 - bits)
+    workers.share(M * H, lambda a, b: _search(*given, slots, found, positions, counts, a, b), grain=1)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    ids = np.empty(starts[-1], dtype=np.int64)
+    workers.share(M * H, lambda a, b: _join(found, starts, ids, positions, a, b), grain=1)
     return Plan(
-        ids=torch.from_numpy(unique),
-        positions=torch.from_numpy(positions.reshape(stacked.shape)),
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions.reshape(A, M, H, B, T)),
         starts=starts,
         slots=slots,
     )
 
 
-def overlap(earlier: Plan, later: Plan) -> tuple[Tensor, Tensor]:
+def overlap(earlier: Plan, later: Plan, workers: Workers) -> tuple[Tensor, Tensor]:
     """Return places in `earlier.ids` and in `later.ids` of the rows that both have, int64 [k] each."""
-    n = len(later.ids)
-    places = np.empty((2, n), dtype=np.int64)
+    heads = len(later.slots)
+    places = np.empty((2, len(later.ids)), dtype=np.int64)
+    counts = np.zeros(heads, dtype=np.int64)
     shift = np.uint64(64 - (earlier.slots.shape[1].bit_length() - 1))
-    count = _overlap(
-        earlier.ids.numpy(), earlier.starts, earlier.slots, shift, later.ids.numpy(), later.starts, places
-    )
-    found = torch.from_numpy(places[:, :count])
-    return found[0], found[1]
+    given = earlier.ids.numpy(), earlier.starts, earlier.slots, shift, later.ids.numpy(), later.starts
+    workers.share(heads, lambda a, b: _overlap(*given, places, counts, a, b), grain=1)
+    found = [places[:, start : start + count] for start, count in zip(later.starts, counts, strict=False)]
+    both = torch.from_numpy(np.concatenate(found, axis=1))
+    return both[0], both[1]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _deduplicate(
+def _search(
     addresses: np.ndarray,
     first_row: np.ndarray,
     shift: np.uint64,
     slots: np.ndarray,
-    ids: np.ndarray,
+    found: np.ndarray,
     positions: np.ndarray,
-    starts: np.ndarray,
+    counts: np.ndarray,
+    first: int,
+    last: int,
 ) -> None:
-    A, M, reads, H = addresses.shape
-    last = np.uint64(slots.shape[1] - 1)
-    total = 0
-    for m in range(M):
-        for h in range(H):
-            index, mine = slots[m * H + h], ids[m * H + h]
-            count = 0
-            for a in range(A):
-                for i in range(reads):
-                    row = np.int64(addresses[a, m, i, h]) + first_row[m]
-                    slot = (np.uint64(row) * GOLDEN) >> shift
-                    while True:
-                        place = index[slot]
-                        if place < 0:
-                            place = np.int32(count)
-                            index[slot], mine[count] = place, row
-                            count += 1
-                            break
-                        if mine[place] == row:
-                            break
-                        slot = (slot + np.uint64(1)) & last
-                    positions[a, m, i, h] = total + place
-            total += count
-            starts[m * H + h + 1] = total
+    """For heads `first` to `last`: list the unique rows, and give every read its row's place in the list."""
+    A, _, reads, H = addresses.shape
+    end = np.uint64(slots.shape[1] - 1)
+    for head in range(first, last):
+        m, h = head // H, head % H
+        index, rows, count = slots[head], found[head], 0
+        index[:] = -1
+        for a in range(A):
+            for i in range(reads):
+                row = np.int64(addresses[a, m, i, h]) + first_row[m]
+                slot = (np.uint64(row) * GOLDEN) >> shift
+                while True:
+                    place = index[slot]
+                    if place < 0:
+                        place = np.int32(count)
+                        index[slot], rows[count] = place, row
+                        count += 1
+                        break
+                    if rows[place] == row:
+                        break
+                    slot = (slot + np.uint64(1)) & end
+                positions[a, head, i] = place
+        counts[head] = count
+
+
+@njit(nogil=True, cache=True)
+def _join(
+    found: np.ndarray, starts: np.ndarray, ids: np.ndarray, positions: np.ndarray, first: int, last: int
+) -> None:
+    """Join the lists of heads `first` to `last` with the others', and let positions count from the start."""
+    for head in range(first, last):
+        start = starts[head]
+        ids[start : starts[head + 1]] = found[head, : starts[head + 1] - start]
+        positions[:, head] += np.int32(start)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -123,11 +141,15 @@ def _overlap(
     later: np.ndarray,
     later_starts: np.ndarray,
     places: np.ndarray,
-) -> int:
-    last = np.uint64(slots.shape[1] - 1)
-    count = 0
-    for head in range(len(slots)):
+    counts: np.ndarray,
+    first: int,
+    last: int,
+) -> None:
+    """Write both places of the rows that heads `first` to `last` share, from where their own rows begin."""
+    end = np.uint64(slots.shape[1] - 1)
+    for head in range(first, last):
         index, start = slots[head], earlier_starts[head]
+        count = later_starts[head]
         for i in range(later_starts[head], later_starts[head + 1]):
             slot = (np.uint64(later[i]) * GOLDEN) >> shift
             while index[slot] >= 0:
@@ -136,5 +158,5 @@ def _overlap(
                     places[0, count], places[1, count] = place, i
                     count += 1
                     break
-                slot = (slot + np.uint64(1)) & last
-    return count
+                slot = (slot + np.uint64(1)) & end
+        counts[head] = count - later_starts[head]

@@ -147,6 +147,7 @@ class TableRows(Callback):
             device=device,
             storage=self.engram.row_storage,
             committed=max((m["step"] for m in self._manifests), default=0),
+            threads=self.config.threads,
         )
         self._pipeline.touched.mark(self.checkpoints.restore(self._manifests, store, self.initial))
         self._pipeline.touched.take_recent()

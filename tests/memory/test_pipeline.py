@@ -118,7 +118,7 @@ def test_without_patches_the_late_writes_would_be_noticed(monkeypatch: pytest.Mo
     layout = RecordLayout(row_dim=U)
     in_place = train(DeviceStore(ROWS, layout.record_bytes), layout, depth=2)
     nothing = (torch.empty(0, dtype=torch.int64),) * 2
-    monkeypatch.setattr("engram_lab.memory.pipeline.overlap", lambda earlier, later: nothing)
+    monkeypatch.setattr("engram_lab.memory.pipeline.overlap", lambda earlier, later, workers: nothing)
     travelled = train(Slow(ROWS, layout.record_bytes, write=0.004), layout, depth=2)
     assert travelled[0] != in_place[0]
 

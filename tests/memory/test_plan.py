@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engram_lab.memory.plan import deduplicate, overlap
+from engram_lab.memory.row_copy import Workers
 
 PER_HEAD = 12
+WORKERS = Workers(2)
 
 
 def draw_addresses(seed: int, micro_batches: int, shape: tuple[int, int, int, int]) -> list[torch.Tensor]:
@@ -28,9 +30,9 @@ def test_positions_lead_to_the_rows_and_no_row_comes_twice(
 ) -> None:
     addresses = draw_addresses(seed, micro_batches, shape)
     first_row = [1000 * m for m in range(shape[0])]
-    plan = deduplicate(addresses, first_row)
+    plan = deduplicate(addresses, first_row, WORKERS)
     wanted = torch.stack(addresses).long() + torch.tensor(first_row).view(1, -1, 1, 1, 1)
-    assert torch.equal(plan.ids[plan.positions.long()], wanted)
+    assert torch.equal(plan.ids[plan.positions.long()].permute(0, 1, 3, 4, 2), wanted)
     assert np.array_equal(np.unique(wanted), np.sort(plan.ids))
     assert plan.reads == wanted.numel()
 
@@ -38,13 +40,13 @@ def test_positions_lead_to_the_rows_and_no_row_comes_twice(
 @given(seeds=st.tuples(st.integers(0, 99), st.integers(100, 199)), shape=shapes)
 def test_overlap_is_the_intersection(seeds: tuple[int, int], shape: tuple[int, int, int, int]) -> None:
     first_row = [1000 * m for m in range(shape[0])]
-    one, other = (deduplicate(draw_addresses(seed, 1, shape), first_row) for seed in seeds)
-    source, target = overlap(one, other)
+    one, other = (deduplicate(draw_addresses(seed, 1, shape), first_row, WORKERS) for seed in seeds)
+    source, target = overlap(one, other, WORKERS)
     assert torch.equal(one.ids[source], other.ids[target])
     assert np.array_equal(np.sort(one.ids[source]), np.intersect1d(one.ids, other.ids))
 
 
 def test_row_numbers_beyond_32_bits() -> None:
     addresses = torch.tensor([[[[2**40, 2**41 + 5], [2**40, 7 + 2**41]]]])
-    plan = deduplicate([addresses], [2**42])
+    plan = deduplicate([addresses], [2**42], WORKERS)
     assert plan.ids.tolist() == [2**42 + 2**40, 2**42 + 2**41 + 5, 2**42 + 2**41 + 7]
