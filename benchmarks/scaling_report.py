@@ -1,26 +1,35 @@
-"""How much longer a whole report takes than the fits it shows, on made-up studies.
+"""Seconds that whole reports and one small fit take, start-up included, on made-up studies.
 
-    python benchmarks/scaling_report.py [--budgets 1 4] [--repeats 3]
+    OMP_NUM_THREADS=1 python benchmarks/scaling_report.py [--repeats 3]
 
-For each number of budgets: the fits alone (every family, joint law, memory law), then the report (fits,
-trials, pictures, page, files), taking turns in one process; processor time, best of the repeats.
+For studies of one and four budgets: the fits alone (every family, joint law, memory law), then the report
+(fits, trials, pictures, page, files), taking turns in one process. For Chinchilla's law, 240 runs: the
+report. Then `scaling fit allocation` on ten runs, each time in a fresh process. Processor time, so that
+neighbours on the machine count less; best of the repeats.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import polars as pl
+from scaling_speed import table
 
 from scaling import fit_allocations, fit_joint, fit_memory
 from scaling.report import write_report
 
 SHARES = (0.0, 0.2, 0.4, 0.55, 0.7, 0.8, 0.88, 0.94, 0.98, 1.0)
 SEEDS = 2
+STARTS = 10
 
 
 def study(budgets: int) -> pl.DataFrame:
@@ -55,21 +64,42 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def start_up(runs: Path) -> list[float]:
+    """Return the processor times of `scaling fit allocation` in processes of their own, sorted."""
+    command = [str(Path(sys.executable).parent / "scaling"), "fit", "allocation", str(runs)]
+    times = []
+    for _ in range(STARTS):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return sorted(times)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
-    for budgets in given.budgets:
-        frame = study(budgets)
-        alone, whole = [], []
-        with tempfile.TemporaryDirectory() as folder:
-            for _ in range(given.repeats):
+    repeats = range(parser.parse_args().repeats)
+    print(f"{os.cpu_count()} cores, processor seconds, best of {len(repeats)}")
+    with tempfile.TemporaryDirectory() as folder:
+        ten = study(1).filter(pl.col("seed") == 0, pl.col("sweep") == "allocation")
+        ten.select("rho", "loss").write_csv(Path(folder) / "ten.csv")
+        times = start_up(Path(folder) / "ten.csv")
+        print(f"fit of ten runs by the command, start-up included: {times[0]:.2f} s, median {times[5]:.2f} s")
+        for budgets in (1, 4):
+            frame = study(budgets)
+            alone, whole = [], []
+            for _ in repeats:
                 alone.append(seconds(lambda f=frame, n=budgets: fits(f, n)))
-                whole.append(seconds(lambda f=frame, d=folder: write_report(f, d)))
-        ratio = min(whole) / min(alone)
-        print(f"{budgets} budgets: fits {min(alone):.2f} s, report {min(whole):.2f} s, ratio {ratio:.1f}")
+                whole.append(seconds(lambda f=frame: write_report(f, folder)))
+            print(
+                f"{budgets} budgets and memory, {frame.height} runs: fits {min(alone):.2f} s,"
+                f" report {min(whole):.2f} s, ratio {min(whole) / min(alone):.1f}"
+            )
+        laws = pl.DataFrame(table())
+        whole = [seconds(lambda: write_report(laws, folder)) for _ in repeats]
+        print(f"standard laws, {laws.height} runs: report {min(whole):.2f} s")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def evidence(fits: Sequence[AllocationFit]) -> Table:
         ("p of the U (the larger of the next two)", lambda u: significant(u.p_value, 2)),
         ("p, loss never rises with ρ", lambda u: significant(u.p_no_rise, 2)),
         ("p, loss never falls with ρ", lambda u: significant(u.p_no_fall, 2)),
+        ("p of a hill, an inverted U", lambda u: significant(u.p_inverted, 2)),
         ("p, loss does not depend on ρ", lambda u: significant(u.p_flat, 2)),
         ("left end minus bottom, nats", lambda u: _contrast(u, "left")),
         ("right end minus bottom, nats", lambda u: _contrast(u, "right")),

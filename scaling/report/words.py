@@ -221,10 +221,14 @@ def memory(fit: MemoryFit, budget: float | None = None) -> str:
     return f"{at}{span} {said}.{_ten_times(fit)}"
 
 
+STRAIGHT = frozenset({"power law", "log-linear not excluded", "memory hurts"})
+"""Verdicts under which a straight line may say what ten times the memory does."""
+
+
 def _ten_times(fit: MemoryFit) -> str:
     """Say what a decade of memory gains, where a straight line is allowed to say so."""
     line = fit.model("log-linear")
-    if not line.fitted or fit.power_law.verdict not in ("power law", "log-linear not excluded"):
+    if not line.fitted or fit.power_law.verdict not in STRAIGHT:
         return ""
     sign = math.copysign(math.log(10), line.params["b"])
     ends = [None if end is None else sign * end for end in line.intervals["b"]]

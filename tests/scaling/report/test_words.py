@@ -39,7 +39,7 @@ def codes(module: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize(("module", "said"), [("ushape", words.SHAPES), ("memory", words.MEMORIES)])
+@pytest.mark.parametrize(("module", "said"), [("ushape", words.SHAPES), ("memory_verdict", words.MEMORIES)])
 def test_every_verdict_that_a_test_can_give_has_its_words(module: str, said: dict[str, object]) -> None:
     found = codes(module)
     assert len(found) >= 5
