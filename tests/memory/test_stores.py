@@ -237,3 +237,25 @@ def test_an_error_in_a_thread_reaches_the_caller() -> None:
     workers.close()
     with pytest.raises(RuntimeError):
         workers.share(9, work, grain=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_registered_mapping_is_pinned_and_given_back() -> None:
+    store = HostStore(10_000, 208)
+    assert store.records.is_pinned()
+    expected = random_bytes(10_000, 208, 0)
+    fill(store, fill_from(expected))
+    assert torch.equal(store.records.to("cuda", non_blocking=True).cpu(), expected)
+    on_device = DeviceStore(10_000, 208, "cuda")
+    fill(on_device, fill_from(expected))
+    ids = torch.randperm(10_000)[:500]
+    out = torch.empty(500, 208, dtype=torch.uint8, device="cuda")
+    on_device.read(ids.cuda(), out)
+    assert torch.equal(out.cpu(), expected[ids])
+    on_device.write(ids.cuda(), out.flip(0))
+    expected[ids] = expected[ids].flip(0)
+    assert torch.equal(on_device.records.cpu(), expected)
+    mapping = store.records
+    store.close()
+    assert not mapping.is_pinned()
