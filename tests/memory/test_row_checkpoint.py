@@ -10,9 +10,9 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from engram_lab.errors import UserError
 from engram_lab.memory import row_checkpoint, row_file
+from engram_lab.memory.disk import DiskStore
+from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.row_checkpoint import RowCheckpoints
 from engram_lab.memory.stores import DeviceStore, RowStore
@@ -31,34 +33,6 @@ from engram_lab.memory.stores import DeviceStore, RowStore
 LAYOUT = RecordLayout(row_dim=3, alignment=16)
 ROWS = 1000
 FINGERPRINT = "hash 1, table abc, seed 0"
-
-
-class LoggedStore(DeviceStore):
-    """A table that outlives the run: rows are kept, and with them a log of what was written."""
-
-    def __init__(self, rows: int, record_bytes: int) -> None:
-        super().__init__(rows, record_bytes)
-        self.records.random_(0, 256)  # whatever the file held
-        self.log: list[str | Tensor | None] = [None]
-        self.written = 0
-
-    def write(self, ids: Tensor, records: Tensor) -> None:
-        self.log.append(ids.clone())
-        super().write(ids, records)
-        self.written += len(ids)
-
-    def mark(self, checkpoint: str) -> None:
-        self.log.append(checkpoint)
-
-    def start_log(self, checkpoint: str | None) -> None:
-        self.log = [checkpoint]
-
-    def written_since(self, checkpoints: Collection[str]) -> Tensor | None:
-        marks = [i for i, entry in enumerate(self.log) if isinstance(entry, str) and entry in checkpoints]
-        if not marks:
-            return None
-        ids = [entry for entry in self.log[marks[0] :] if isinstance(entry, Tensor)]
-        return torch.cat([*ids, torch.empty(0, dtype=torch.int64)]).unique()
 
 
 def initial(first: int, count: int, out: Tensor) -> None:
@@ -76,6 +50,12 @@ def new_store(layout: RecordLayout = LAYOUT) -> DeviceStore:
     store = DeviceStore(ROWS, layout.record_bytes)
     store.records.random_(0, 256)
     return store
+
+
+def open_store(tier: str, folder: Path, layout: RecordLayout = LAYOUT) -> RowStore:
+    if tier == "disk":
+        return DiskStore(folder / "table", layout, ROWS, FINGERPRINT, cache_rows=50, threads=2)
+    return HostStore(ROWS, layout.record_bytes, threads=2) if tier == "host" else new_store(layout)
 
 
 def checkpoints(
@@ -224,76 +204,67 @@ def test_any_number_of_ranks_goes_on_with_the_rows_of_any_other(worlds: list[int
                 rows[0].committed(manifests, parts[0])
 
 
-@dataclass
 class Run:
     """A training run with a table, as far as its rows are concerned, and what they must be."""
 
-    folder: Path
-    lasting: bool
-    store: RowStore = field(init=False)
-    rows: RowCheckpoints = field(init=False)
-    step: int = 0
-    recent: set[int] = field(default_factory=set)
-    manifests: list[row_checkpoint.Manifest] = field(default_factory=list)
-    expected: Tensor = field(init=False)
-    at_checkpoint: tuple[int, Tensor] = field(init=False)
+    def __init__(self, folder: Path, tier: str) -> None:
+        self.folder, self.tier = folder, tier
+        self.drawn, self.step = 0, 0
+        self.recent: set[int] = set()
+        self.ever: set[int] = set()
+        self.manifests: list[row_checkpoint.Manifest] = []
+        self.truth = DeviceStore(ROWS, LAYOUT.record_bytes)
+        initial(0, ROWS, self.truth.records)
+        self.at_checkpoint = 0, self.truth.records.clone(), set[int]()
+        self.store = open_store(tier, folder)
+        self.rows = checkpoints(folder)
+        self.rows.restore([], self.store, self.initial)
 
-    def __post_init__(self) -> None:
-        self.store = self.new_store()
-        self.rows = started(self.folder, self.store)
-        self.expected = content(self.store)
-        self.at_checkpoint = 0, self.expected.clone()
-
-    def new_store(self) -> RowStore:
-        return LoggedStore(ROWS, LAYOUT.record_bytes) if self.lasting else new_store()
+    def initial(self, first: int, count: int, out: Tensor) -> None:
+        self.drawn += count
+        initial(first, count, out)
 
     def train(self, ids: list[int]) -> None:
         self.step += 1
         numbers = torch.tensor(sorted(ids))
-        touch(self.store, numbers, random.Random(self.step).randrange(1 << 20))
+        for store in (self.store, self.truth):
+            touch(store, numbers, self.step)
         self.recent |= set(ids)
-        self.expected = content(self.store)
+        self.ever |= set(ids)
 
     def save(self, *, commit: bool, settle: bool) -> None:
         """Save the rows; then the training checkpoint is committed or not; then old files are deleted or not.
 
         A process does not outlive what it could not commit.
         """
-        if self.step == self.at_checkpoint[0] and self.recent:
-            return
         ids = torch.tensor(sorted(self.recent), dtype=torch.int64)
         manifest = json.loads(json.dumps(self.rows.save(self.step, self.store, ids)))
         self.recent = set()
         files = manifest["files"]
-        held, distinct = sum(f["rows"] for f in files), (self.expected != self.beginning()).any(1).sum()
-        assert held <= 2 * distinct
+        assert sum(f["rows"] for f in files) <= 2 * len(self.ever)
         assert sum((self.folder / f["name"]).stat().st_size for f in files) == sum(f["bytes"] for f in files)
-        if commit:
-            self.manifests = [manifest]
-            self.at_checkpoint = self.step, self.expected.clone()
-            if settle:
-                self.rows.committed([manifest], self.store)
-                assert row_files(self.folder) == sorted(f["name"] for f in files)
-        else:
+        if not commit:
             self.restart()
-
-    def beginning(self) -> Tensor:
-        out = torch.empty_like(self.expected)
-        initial(0, ROWS, out)
-        return out
+            return
+        self.manifests = [manifest]
+        self.at_checkpoint = self.step, self.truth.records.clone(), set(self.ever)
+        if settle:
+            self.rows.committed([manifest], self.store)
+            assert row_files(self.folder) == sorted(f["name"] for f in files)
 
     def restart(self) -> None:
-        """A new process: only files remain, those of a lasting store among them."""
-        if not self.lasting:
-            self.store = self.new_store()
-        before = self.store.written if isinstance(self.store, LoggedStore) else 0
-        self.rows = checkpoints(self.folder)
-        self.rows.restore(self.manifests, self.store, initial)
-        if isinstance(self.store, LoggedStore):
-            assert self.store.written - before < ROWS, "a table that survived is not written anew"
-        self.step, self.expected = self.at_checkpoint[0], self.at_checkpoint[1].clone()
-        self.recent = set()
-        assert torch.equal(content(self.store), self.expected)
+        """A new process: only files remain, the table's among them."""
+        self.store.close()
+        self.store = open_store(self.tier, self.folder)
+        self.rows, self.drawn = checkpoints(self.folder), 0
+        touched = self.rows.restore(self.manifests, self.store, self.initial)
+        if self.tier == "disk":
+            assert self.drawn < ROWS / 2, "a file that survived is not written anew"
+        self.step, records, ever = self.at_checkpoint
+        self.recent, self.ever = set(), set(ever)
+        self.truth.records.copy_(records)
+        assert set(touched.tolist()) == ever
+        assert torch.equal(content(self.store), records)
         assert row_files(self.folder) == sorted(f["name"] for m in self.manifests for f in m["files"])
 
 
@@ -303,12 +274,12 @@ ACTIONS = st.one_of(
 )
 
 
-@pytest.mark.parametrize("lasting", [False, True])
+@pytest.mark.parametrize("tier", ["resident", "host", "disk"])
 @given(actions=st.lists(ACTIONS, max_size=25))
 @settings(max_examples=40, deadline=None)
-def test_a_restart_at_any_moment_is_exact(lasting: bool, actions: list[list[int] | str]) -> None:
+def test_a_restart_at_any_moment_is_exact(tier: str, actions: list[list[int] | str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(Path(folder), lasting)
+        run = Run(Path(folder), tier)
         for action in [*actions, "restart"]:
             if isinstance(action, list):
                 run.train(action)
@@ -316,6 +287,25 @@ def test_a_restart_at_any_moment_is_exact(lasting: bool, actions: list[list[int]
                 run.restart()
             else:
                 run.save(commit=action != "saved", settle=action == "settled")
+        run.store.close()
+
+
+def test_a_run_changes_its_tier(tmp_path: Path) -> None:
+    """On disk, in memory, on the same disk again, whose file knows nothing of what happened in between."""
+    expected = new_store()
+    started(tmp_path / "elsewhere", expected)
+    manifests: list[row_checkpoint.Manifest] = []
+    for step, tier in enumerate(["disk", "host", "disk", "resident", "resident", "disk"], 1):
+        store = open_store(tier, tmp_path)
+        rows = checkpoints(tmp_path)
+        rows.restore(manifests, store, initial)
+        assert torch.equal(content(store), content(expected))
+        for target in (store, expected):
+            touch(target, some_rows(step), step)
+        manifests = [rows.save(step, store, some_rows(step))]
+        rows.committed(manifests, store)
+        touch(store, some_rows(step + 100), 99)
+        store.close()
 
 
 @pytest.fixture
@@ -408,7 +398,7 @@ def test_files_of_a_later_version_are_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_a_lasting_store_is_restored_when_the_damage_is_mended(tmp_path: Path) -> None:
     """What could not be put back is still known to be wrong."""
-    store = LoggedStore(ROWS, LAYOUT.record_bytes)
+    store = open_store("disk", tmp_path)
     rows = started(tmp_path, store)
     for step in (1, 2):
         touch(store, some_rows(step), step)
@@ -429,7 +419,7 @@ def test_a_lasting_store_is_restored_when_the_damage_is_mended(tmp_path: Path) -
 
 def test_a_lasting_store_of_another_run_is_written_anew(tmp_path: Path) -> None:
     """Two runs of equal rows in two folders take turns with one table file."""
-    store = LoggedStore(ROWS, LAYOUT.record_bytes)
+    store = open_store("disk", tmp_path)
     outcome = {}
     for seed, name in enumerate(("one", "two")):
         rows = started(tmp_path / name, store)
@@ -534,18 +524,18 @@ def commit(folder: Path, manifests: list[row_checkpoint.Manifest]) -> None:
     os.replace(folder / "manifest.partial", folder / "manifest.json")
 
 
-def continue_run(folder: Path, store: RowStore) -> tuple[RowCheckpoints, list[row_checkpoint.Manifest], int]:
+def continue_run(folder: Path, store: RowStore) -> tuple[RowCheckpoints, int]:
     file = folder / "manifest.json"
     manifests = json.loads(file.read_text()) if file.exists() else []
     rows = checkpoints(folder)
     rows.restore(manifests, store, initial)
-    return rows, manifests, manifests[0]["step"] if manifests else 0
+    return rows, manifests[0]["step"] if manifests else 0
 
 
-def train_until_killed(folder: Path, ready: Connection) -> None:
+def train_until_killed(tier: str, folder: Path, ready: Connection) -> None:
     torch.set_num_threads(1)
-    store = new_store()
-    rows, _, step = continue_run(folder, store)
+    store = open_store(tier, folder)
+    rows, step = continue_run(folder, store)
     ready.send(step)
     while True:
         step += 1
@@ -556,26 +546,29 @@ def train_until_killed(folder: Path, ready: Connection) -> None:
             rows.committed([manifest], store)
 
 
-def test_killed_at_random_moments_the_rows_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_killed_at_random_moments_the_rows_are_those_of_the_checkpoint(tier: str, tmp_path: Path) -> None:
     chance = random.Random(0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engram_lab.memory.row_checkpoint", "hypothesis", "pytest"])
     expected, trained = new_store(), 0
     started(tmp_path / "elsewhere", expected)
-    for _ in range(12):
+    for _ in range(6):
         here, there = context.Pipe()
-        process = context.Process(target=train_until_killed, args=(tmp_path, there), daemon=True)
+        process = context.Process(target=train_until_killed, args=(tier, tmp_path, there), daemon=True)
         process.start()
         assert here.poll(120), "the process has not begun to train"
         assert here.recv() == trained
         time.sleep(chance.uniform(0.0, 0.1))
         process.kill()
         process.join()
-        store = new_store()
-        _, _, step = continue_run(tmp_path, store)
+        store = open_store(tier, tmp_path)
+        _, step = continue_run(tmp_path, store)
         assert step >= trained
         for s in range(trained + 1, step + 1):
             train_step(expected, s)
         trained = step
         assert torch.equal(content(store), content(expected))
+        store.close()
     assert trained
