@@ -7,11 +7,13 @@ here the mapping itself is registered with CUDA, so that kernels may read it and
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-from engram_lab.memory.room import require_memory
+from engram_lab.errors import UserError
+from engram_lab.memory.room import GIB, require_memory
 from engram_lab.memory.row_copy import Workers
 from engram_lab.memory.stores import SMALLER_TABLE
 
@@ -30,7 +32,7 @@ class HostStore:
             in, so they are touched in parallel first.
 
     Raises:
-        UserError: not enough memory, said before any is taken.
+        UserError: not enough memory, said before any is taken, or CUDA cannot register it.
     """
 
     device = torch.device("cpu")
@@ -50,7 +52,16 @@ class HostStore:
             self._workers.share(len(flat), lambda a, b: flat[a:b].zero_(), TOUCHED_AT_ONCE)
             torch.cuda.init()
             runtime = torch.cuda.cudart()
-            torch.cuda.check_error(runtime.cudaHostRegister(flat.data_ptr(), len(flat), PORTABLE_AND_MAPPED))
+            try:
+                torch.cuda.check_error(
+                    runtime.cudaHostRegister(flat.data_ptr(), len(flat), PORTABLE_AND_MAPPED)
+                )
+            except torch.cuda.CudaError as error:
+                self._workers.close()
+                raise UserError(
+                    f"CUDA cannot register the {len(flat) / GIB:.1f} GiB of the table's rows ({error}); raise "
+                    "the limit on locked memory (ulimit -l), or set memory.tier to disk."
+                ) from error
 
     def read(self, ids: Tensor, out: Tensor) -> None:
         """Copy records `ids` [n] to the first n of `out`."""
@@ -79,5 +90,6 @@ def map_records(rows: int, record_bytes: int) -> Tensor:
     No memory is taken before it is written to; all is given back with the last view.
     """
     mapping = mmap.mmap(-1, rows * record_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages: slower, not wrong
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8).view(rows, record_bytes)

@@ -44,11 +44,6 @@ class WrittenLog:
         else:
             self.forget()
 
-    @property
-    def known(self) -> bool:
-        """Whether there is a checkpoint that the file could be brought back to."""
-        return self._descriptor is not None
-
     def mark(self, checkpoint: str) -> None:
         """Begin the log of what is written after `checkpoint`; those before are kept."""
         number = max(self._numbers(), default=0) + 1
