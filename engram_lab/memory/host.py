@@ -59,7 +59,7 @@ class HostStore:
             except torch.cuda.CudaError as error:
                 self._workers.close()
                 raise UserError(
-                    f"CUDA cannot register the {len(flat) / GIB:.1f} GiB of the table's rows ({error}); raise "
+                    f"CUDA cannot take the {len(flat) / GIB:.1f} GiB of the table's rows ({error}); raise "
                     "the limit on locked memory (ulimit -l), or set memory.tier to disk."
                 ) from error
 
