@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from engram_lab.caching.curves import cache_sizes
 from engram_lab.caching.page import build
 from engram_lab.caching.stream import Text
 from engram_lab.caching.study import COLUMNS, CacheConfig, CacheStudy, Speeds, study_caches, to_plain, to_rows
@@ -25,6 +26,7 @@ from engram_lab.recipe_file import read_recipe
 from engram_lab.text import TextConfig, TokenCorpus
 from engram_lab.text.shards import RECORD
 from scaling.report.html import to_html
+from scaling.report.numbers import short
 
 STEM = "cache-curve"
 PAPER = EngramConfig(rows_per_head=2_262_400)
@@ -110,27 +112,22 @@ def _write(study: CacheStudy, out: Path) -> None:
 
 
 def _summary(study: CacheStudy) -> Table:
-    """Hit rates of caches of a thousandth, a hundredth and a tenth of the limited table, and Zipf's law."""
-    shares = (0.001, 0.01, 0.1)
-    table = Table(
-        title=f"hit rate by frequency / by recency, table of {study.orders[0].table_rows:,} rows a head"
-    )
-    for column in (
-        "order",
-        *(f"{share:.1%} cached" for share in shares),
-        "seen before",
-        "Zipf s",
-        "distinct",
-    ):
+    """Hit rates of caches of about a thousandth, a hundredth and a tenth of the limited table."""
+    rows = study.orders[0].table_rows
+    grid = cache_sizes(rows)
+    sizes = [int(grid[grid <= max(1, rows // part)][-1]) for part in (1000, 100, 10)]
+    table = Table(title=f"hit rate by frequency / by recency, table of {rows:,} rows a head", box=None)
+    cached = [f"{short(size)} rows" for size in sizes]
+    for column in ("order", *cached, "seen before", "Zipf s", "distinct"):
         table.add_column(column, justify="right")
     for result in study.orders:
         rates, cells = result.table, []
-        for share in shares:
-            k = int(np.searchsorted(rates.sizes, share * result.table_rows, side="right")) - 1
-            pair = (rates.static[max(k, 0)], rates.lru[max(k, 0)])
+        for size in sizes:
+            k = min(int(np.searchsorted(rates.sizes, size)), len(rates.sizes) - 1)
+            pair = (rates.static[k], rates.lru[k])
             cells.append(" / ".join("–" if math.isnan(rate) else f"{rate:.0%}" for rate in pair))
         zipf = f"{result.zipf[0].exponent:.2f}" if result.zipf else "–"
-        table.add_row(str(result.order), *cells, f"{result.ngrams.seen:.0%}", zipf, f"{result.ngrams.rows:,}")
+        table.add_row(str(result.order), *cells, f"{result.ngrams.seen:.0%}", zipf, short(result.ngrams.rows))
     return table
 
 
@@ -138,6 +135,7 @@ class _Progress:
     """What is done and about how long the rest takes: one line that changes, or a line every ten seconds."""
 
     EVERY_SECONDS = 10.0
+    TOLD_FROM = 0.03  # of the work; before, compiling and the disk are most of the time
 
     def __init__(self, console: Console) -> None:
         self._console, self._begin, self._last = console, time.monotonic(), 0.0
@@ -148,7 +146,8 @@ class _Progress:
         if now - self._last < (0.2 if self._console.is_terminal else self.EVERY_SECONDS) and share < 1:
             return
         self._last = now
-        left = f", about {duration(passed * (1 - share) / share)} left" if share < 1 else ""
+        known = self.TOLD_FROM <= share < 1
+        left = f", about {duration(passed * (1 - share) / share)} left" if known else ""
         line = f"{what}: {share:.0%} of all{left}"
         if self._console.is_terminal:
             self._console.print(line.ljust(self._console.width - 1), end="\n" if share >= 1 else "\r")

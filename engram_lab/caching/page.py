@@ -12,7 +12,7 @@ from engram_lab.caching.study import CacheStudy, OrderResult, Speeds
 from scaling.report import theme
 from scaling.report.document import Bullets, Facts, Page, Paragraph, Picture, Pictures, Section, Table
 from scaling.report.drawing import log_ticks
-from scaling.report.numbers import short
+from scaling.report.numbers import short, significant
 
 Line = tuple[str, np.ndarray, np.ndarray]
 """A name, sizes and values."""
@@ -174,7 +174,13 @@ def _table(
             spread = "" if errors is None or np.isnan(errors[k]) else f" ± {errors[k]:.1%}"
             lru = "–" if np.isnan(found.lru[k]) else f"{found.lru[k]:.1%}{spread}"
             lines.append(
-                (str(result.order), f"{cached:,}", f"{cached / whole:.2%}", f"{found.static[k]:.1%}", lru)
+                (
+                    str(result.order),
+                    f"{cached:,}",
+                    f"{significant(100 * cached / whole)} %",
+                    f"{found.static[k]:.1%}",
+                    lru,
+                )
             )
     return Table(
         title=title,

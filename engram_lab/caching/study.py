@@ -171,8 +171,7 @@ def _read_by(stream: LookUps, sequences: int) -> LookUps:
 
 
 class _Work:
-    """Adds up what is done; the weights of its parts are their measured times, so that what is left is
-    guessed from what is done."""
+    """Adds up what is done, each part weighted by about how long it takes."""
 
     def __init__(self, total: int, report: Report | None) -> None:
         self._total, self._done, self._report = total, 0, report
