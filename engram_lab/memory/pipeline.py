@@ -212,11 +212,15 @@ class RowPipeline:
             self.store.read(plan.ids.to(self.device), records)
         else:
             self._gathering.submit(self.store.read, plan.ids, records).result()
-        rows = self._weights(records.to(self.device), self.committed)
+        rows = self.weights(records.to(self.device))
         if self.storage != "float32":
             rows = round_rows(rows, self.storage)
         positions = plan.positions.view(addresses.shape[-1], -1).to(self.device)
         return F.embedding(positions.mT, rows).view(*addresses.shape[:-1], -1)
+
+    def weights(self, records: Tensor) -> Tensor:
+        """Return the float32 weights [n, U] of `records` (uint8 [n, record_bytes]) as of the last commit."""
+        return self._weights(records, self.committed)
 
     def flush(self) -> None:
         """Wait until every update is in the store."""

@@ -185,11 +185,18 @@ def fit(
             seconds=seconds,
         )
         if trainer.is_global_zero:
-            save(module.net, directory / "model", tokenizer_hash=corpus.tokenizer_hash)
+            save(
+                module.net,
+                directory / "model",
+                tokenizer_hash=corpus.tokenizer_hash,
+                rows=None if rows is None else rows.export,
+            )
             shutil.copyfile(corpus.path / TOKENIZER, directory / "model" / TOKENIZER)
             write_atomically(directory / "result.json", json.dumps(asdict(result), indent=1))
             for file in checkpoints.glob("*.ckpt"):
                 file.unlink()
+            if rows is not None:
+                rows.discard()
         return result
 
 

@@ -7,6 +7,7 @@ pipeline serve it, saves the rows that changed with every checkpoint, and logs w
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from engram_lab.errors import UserError
 from engram_lab.memory.config import MemoryConfig
 from engram_lab.memory.disk import DiskStore
+from engram_lab.memory.export import export_rows
 from engram_lab.memory.far import FarTable
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
@@ -26,6 +28,7 @@ from engram_lab.memory.pipeline import RowPipeline
 from engram_lab.memory.row_checkpoint import Manifest, RowCheckpoints
 from engram_lab.memory.row_optimizer import RowOptimizer
 from engram_lab.memory.stores import DeviceStore, RowStore
+from engram_lab.model.checkpoint import table_sizes
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
 from engram_lab.model.initialise import initial_rows
@@ -201,7 +204,27 @@ class TableRows(Callback):
             numbers["rows/cache_hit_share"] = store.hits / store.reads
         trainer.logger.log_metrics(numbers, step=step)
 
+    def export(self, folder: Path) -> None:
+        """Write the trained rows to a saved network's folder, as they are read or trained."""
+        self.pipeline.flush()
+        read_as = self.engram.row_storage
+        export_rows(
+            self.pipeline.store,
+            folder,
+            table_sizes(self.engram),
+            self.pipeline.weights,
+            row_dim=self.engram.row_dim,
+            storage=self.config.rows if read_as == "float32" else read_as,
+        )
+
+    def discard(self) -> None:
+        """Delete what a finished run needs no more: the rows of its checkpoints, and the table's file."""
+        self.close()
+        shutil.rmtree(self.checkpoints.directory, ignore_errors=True)
+        self.file.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Let updates under way land, and end threads, memory and files."""
         if self._pipeline is not None:
             self._pipeline.close()
+            self._pipeline = None

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from engram_lab.recipe import Recipe
+from engram_lab.model.checkpoint import load
+from engram_lab.recipe import Recipe, resolve
+from engram_lab.text import prepare
 from engram_lab.training.callbacks import Progress, StopRequest
 from engram_lab.training.run import train
 
@@ -43,7 +46,15 @@ def test_tiers_are_equal_bit_for_bit(tiny: dict[str, Any], tmp_path: Path, rule:
     resident = losses(recipe(tiny, tmp_path / "resident", RESIDENT, **options))
     assert len(resident) == 25
     for tier in (HOST, DISK):
-        assert losses(recipe(tiny, tmp_path / tier["tier"], {**tier, "depth": 3}, **options)) == resident
+        far = recipe(tiny, tmp_path / tier["tier"], {**tier, "depth": 3}, **options)
+        assert losses(far) == resident
+        (folder,) = (tmp_path / tier["tier"] / "runs").iterdir()
+        assert not [file for file in folder.rglob("*") if file.suffix in (".ckpt", ".rows", ".table", ".log")]
+        saved = load(folder / "model")
+        corpus = prepare(far.text)
+        ids = torch.tensor(corpus.validation[:64].astype("int64"))[None]
+        expected = load(next((tmp_path / "resident" / "runs").iterdir()) / "model")
+        assert torch.equal(saved(ids), expected(ids))
 
 
 def test_unique_rows_train_as_the_dense_table_does(tiny: dict[str, Any], tmp_path: Path) -> None:
@@ -75,9 +86,6 @@ def test_a_run_may_move_to_another_tier(tiny: dict[str, Any], tmp_path: Path) ->
 
 
 def test_formats_are_part_of_the_run_and_tiers_are_not(tiny: dict[str, Any], tmp_path: Path) -> None:
-    from engram_lab.recipe import resolve
-    from engram_lab.text import prepare
-
     base = Recipe.from_dict(tiny)
     corpus = prepare(base.text)
 
