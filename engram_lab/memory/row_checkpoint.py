@@ -217,16 +217,17 @@ class RowCheckpoints:
         owns: Callable[[Tensor], Tensor] | None,
     ) -> None:
         """Write the file's rows over those of the store, or over those of `written` only."""
+        whole = torch.zeros((0, store.record_bytes), dtype=torch.uint8)
         for place, records in reader.chunks():
             numbers = ids[place]
             keep = torch.ones(len(numbers), dtype=torch.bool) if owns is None else owns(numbers)
             if written is not None:
                 keep = keep & _among(numbers, written)
             chosen = numbers[keep]
-            if len(chosen):
-                whole = torch.zeros((len(chosen), store.record_bytes), dtype=torch.uint8)
-                whole[:, : records.shape[1]] = records[keep]
-                store.write(chosen.to(store.device), whole.to(store.device))
+            if len(whole) < len(records):
+                whole = torch.zeros((len(records), store.record_bytes), dtype=torch.uint8)
+            _words(whole)[: len(chosen), : records.shape[1] // 4] = _words(records)[keep]
+            store.write(chosen.to(store.device), whole[: len(chosen)].to(store.device))
 
     def _delete_others(self, manifests: Sequence[Manifest]) -> None:
         listed = {file.name for file in _files(manifests)}
@@ -248,7 +249,8 @@ def _chunks(store: RowStore, layout: RecordLayout, ids: Tensor) -> Iterator[Tens
     records = torch.empty((count, store.record_bytes), dtype=torch.uint8, device=store.device)
     for part in ids.split(count):
         store.read(part.to(store.device), records[: len(part)])
-        yield records[: len(part), : packed(layout).record_bytes].contiguous().cpu()
+        parts = _words(records)[: len(part), : packed(layout).record_bytes // 4]
+        yield parts.contiguous().cpu().view(torch.uint8)
 
 
 def _among(numbers: Tensor, chosen: Tensor) -> Tensor:
@@ -257,3 +259,8 @@ def _among(numbers: Tensor, chosen: Tensor) -> Tensor:
         return torch.zeros(len(numbers), dtype=torch.bool)
     places = torch.searchsorted(chosen, numbers).clamp_(max=len(chosen) - 1)
     return chosen[places] == numbers
+
+
+def _words(records: Tensor) -> Tensor:
+    """View records as 4-byte words, of which all consist: copies byte by byte are several times as slow."""
+    return records.view(torch.int32)
