@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from serving_backbone import SHAPES, Backbone, Memory, Shape
+from serving_backbone import SHAPES, Backbone, Memory, Prompt, Shape
 
 from engram_lab.files import write_atomically
 from engram_lab.memory.host import HostStore
@@ -82,6 +82,7 @@ def build_memory(
     store: RowStore,
     layout: RecordLayout,
     backbone: Backbone,
+    host_hash: bool,
 ) -> Memory:
     shape, device = backbone.shape, backbone.device
     rule = NgramHash.build(config, None, shape.vocab, eos_id=0)
@@ -90,9 +91,11 @@ def build_memory(
     assert module.conv is not None
     torch.nn.init.normal_(module.conv.weight, std=0.1)  # so that `check` sees its state
     return Memory(
+        rule=rule,
         hash=TorchNgramHash(rule).to(device),
         table=ServingTable(store, layout, device=device, dtype=backbone.dtype, few=options.few),
         module=module.to(device, backbone.dtype).eval(),
+        host_hash=host_hash,
     )
 
 
@@ -108,10 +111,11 @@ def check(backbone: Backbone, memory: Memory | None, tokens: int) -> float:
     """
     count = min(4, len(backbone.lengths))
     ids = torch.randint(1, backbone.shape.vocab, (count, tokens + 3), device=backbone.device)
-    backbone.prefill(ids, 0, memory)
+    backbone.prefill(Prompt(ids, ids.cpu().numpy()), 0, memory)
     expected = backbone.logits[:count].float().clone()
     backbone.lengths.zero_()
-    backbone.prefill(ids[:, :tokens], 0, memory)
+    begun = ids[:, :tokens].contiguous()
+    backbone.prefill(Prompt(begun, begun.cpu().numpy()), 0, memory)
     backbone.ids[:count] = ids[:, tokens : tokens + 1]
     backbone.coming = torch.zeros(4, len(backbone.lengths), dtype=torch.int64, device=backbone.device)
     backbone.coming[:3, :count] = ids[:, [tokens + 1, tokens + 2, 0]].T
@@ -154,29 +158,29 @@ class Runner:
             backbone.step.zero_()
             self.steps[way] = decoder(backbone, memories[way])
 
-    def warm(self, prompts: list[list[torch.Tensor]]) -> None:
+    def warm(self, prompts: list[list[Prompt]]) -> None:
         """Meet every shape, and let buffers grow to the largest, before anything is timed."""
-        chunks = [ids for group in prompts for ids in group]
-        longest = max(chunks, key=torch.numel)
-        for ids in chunks:
-            self.backbone.prefill(ids, 0, None)
+        chunks = [prompt for group in prompts for prompt in group]
+        longest = max(chunks, key=lambda prompt: prompt.text.size)
+        for prompt in chunks:
+            self.backbone.prefill(prompt, 0, None)
         for way in WAYS:
             for _ in range(SLOTS + 1):
                 self.backbone.prefill(longest, 0, self.memories[way])
             self.measure(way, prompts[0])
 
-    def measure(self, way: str, prompts: list[torch.Tensor]) -> tuple[float, float]:
+    def measure(self, way: str, prompts: list[Prompt]) -> tuple[float, float]:
         """Return seconds of prefill and of decoding one group."""
         backbone = self.backbone
         finish(backbone.device)
         started = time.perf_counter()
         memory, joins = self.memories[way], dict[int, Any]()
-        for number, ids in enumerate(prompts):
+        for number, prompt in enumerate(prompts):
             if memory is not None and self.options.ahead:
                 for begun in range(number, min(number + 2, len(prompts))):
                     if begun not in joins:
                         joins[begun] = memory.begin(prompts[begun])
-            backbone.prefill(ids, number * len(ids), memory, joins.get(number))
+            backbone.prefill(prompt, number * len(prompt.ids), memory, joins.get(number))
         finish(backbone.device)
         taken_in = time.perf_counter()
         backbone.step.zero_()
@@ -228,16 +232,14 @@ def summarise(pairs: list[dict[str, Any]], options: argparse.Namespace) -> dict[
     return found
 
 
-def groups(options: argparse.Namespace, shape: Shape, device: torch.device) -> list[list[torch.Tensor]]:
-    """Return the prompts: groups of chunks of equally long sequences, ids [sequences, length]."""
+def groups(options: argparse.Namespace, shape: Shape, device: torch.device) -> list[list[Prompt]]:
+    """Return the prompts: groups of chunks of equally long sequences."""
     generator = np.random.default_rng(0)
     chunks = options.sequences // options.chunk
     lengths = generator.integers(options.shortest, options.longest + 1, chunks)
     per_group = options.batch // options.chunk
-    prompts = [
-        torch.from_numpy(generator.integers(1, shape.vocab, (options.chunk, int(length)))).to(device)
-        for length in lengths
-    ]
+    texts = [generator.integers(1, shape.vocab, (options.chunk, int(length))) for length in lengths]
+    prompts = [Prompt(torch.from_numpy(text).to(device), text) for text in texts]
     return [prompts[first : first + per_group] for first in range(0, chunks, per_group)]
 
 
@@ -284,7 +286,8 @@ def run_backbone(
     backbone = Backbone(shape, options.batch, options.longest + options.new + 8, device, dtype)
     memories: dict[str, Memory | None] = {"none": None}
     for way, (config, store) in tables.items():
-        memories[way] = build_memory(options, config, store, layout, backbone)
+        host_hash = way == "host" and options.prefill_hash == "host"
+        memories[way] = build_memory(options, config, store, layout, backbone, host_hash)
     errors = {way: check(backbone, memories[way], options.shortest) for way in WAYS}
     print(
         f"{name}: {shape.parameters / 1e9:.2f} B parameters; decoding equals prefill to {errors}", flush=True
@@ -299,7 +302,7 @@ def run_backbone(
             break
         number = len(pairs)
         group = prompts[number % len(prompts)]
-        pair: dict[str, Any] = {"prompt_tokens": sum(ids.numel() for ids in group)}
+        pair: dict[str, Any] = {"prompt_tokens": sum(prompt.text.size for prompt in group)}
         for turn in range(len(WAYS)):
             way = WAYS[(number + turn) % len(WAYS)]
             prefill, decode = runner.measure(way, group)
@@ -323,6 +326,9 @@ def main() -> None:
     parser.add_argument("--row-dim", type=int, default=80)
     parser.add_argument("--alignment", type=int, default=4, help="of records, bytes")
     parser.add_argument("--few", type=int, default=8192, help="rows up to which the kernel reads them")
+    parser.add_argument(
+        "--prefill-hash", choices=("host", "device"), default="host", help="of the large table"
+    )
     parser.add_argument(
         "--ahead", action="store_true", help="begin a chunk's look-up before the chunk that precedes it"
     )

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engram_lab.memory.lookup import ServingTable
 from engram_lab.model.engram import Engram
+from engram_lab.model.hashing import NgramHash
 from engram_lab.model.rope import frequencies, rope_tables, rotate
 from engram_lab.model.torch_hash import TorchNgramHash
 
@@ -62,16 +65,32 @@ SHAPES = {
 }
 
 
+class Prompt(NamedTuple):
+    """Sequences of equal length, [B, T], where the network computes and where the text came from."""
+
+    ids: Tensor
+    text: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Memory:
     """The module in the second block, and what finds its rows."""
 
+    rule: NgramHash
     hash: TorchNgramHash
     table: ServingTable
     module: Engram
+    host_hash: bool
+    """Hash prompts on the CPU, so that their rows are on the way before the device gets to them."""
 
-    def begin(self, ids: Tensor, history: Tensor | None = None) -> Callable[[], Tensor]:
-        """Begin the look-up of ids [B, T] after `history` [B, 2]."""
+    def begin(self, prompt: Prompt) -> Callable[[], Tensor]:
+        """Begin the look-up of a prompt."""
+        if self.host_hash:
+            return self.table.begin(torch.from_numpy(self.rule.addresses(prompt.text)[0]))
+        return self.table.begin(self.hash(prompt.ids)[0])
+
+    def begin_next(self, ids: Tensor, history: Tensor) -> Callable[[], Tensor]:
+        """Begin the look-up of the next ids [B, 1] after `history` [B, 2]."""
         return self.table.begin(self.hash(ids, history)[0])
 
 
@@ -113,16 +132,17 @@ class Backbone:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
 
     def prefill(
-        self, ids: Tensor, first: int, memory: Memory | None, join: Callable[[], Tensor] | None = None
+        self, prompt: Prompt, first: int, memory: Memory | None, join: Callable[[], Tensor] | None = None
     ) -> None:
-        """Take in sequences of equal length, ids [B, T], as numbers first, ..., first + B - 1 of the batch.
+        """Take in sequences of equal length as numbers first, ..., first + B - 1 of the batch.
 
         Their look-up begins here, unless it has begun before and `join` waits for it.
         """
+        ids = prompt.ids
         B, T = ids.shape
         mine = slice(first, first + B)
         if memory is not None and join is None:
-            join = memory.begin(ids)
+            join = memory.begin(prompt)
         rope = self.cos[:T], self.sin[:T]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -136,7 +156,7 @@ class Backbone:
 
     def decode(self, memory: Memory | None) -> None:
         """Compute the next position of every sequence in place; nothing here asks the host."""
-        join = None if memory is None else memory.begin(self.ids, self.history)
+        join = None if memory is None else memory.begin_next(self.ids, self.history)
         rope = self.cos[self.lengths][:, None, None], self.sin[self.lengths][:, None, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

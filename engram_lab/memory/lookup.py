@@ -74,7 +74,10 @@ class ServingTable(nn.Module):
                 self._records = records
 
     def begin(self, addresses: Tensor) -> Callable[[], Tensor]:
-        """Begin to read the rows [B, T, H] (any integer type, anywhere); the result waits for them.
+        """Begin to read the rows [B, T, H] (any integer type); the result waits for them.
+
+        Addresses on the CPU, hashed there, spare many rows the way back from the device: their gather waits
+        for nothing that the device still has to do.
 
         What it returns gives [B, T, H * U] in `dtype` on `device`, ready for the current stream. It must be
         called, on the stream that began.
@@ -86,9 +89,9 @@ class ServingTable(nn.Module):
             return lambda: reading.result().to(self.device).reshape(shape)
         out = torch.empty((len(flat), self.layout.row_dim), dtype=self.dtype, device=self.device)
         records = torch.empty((len(flat), self.layout.record_bytes), dtype=torch.uint8, device=self.device)
-        begin = self._begin_kernel if self._by_kernel(len(flat)) else self._begin_threads
-        used = (flat.to(self.device), records, out)
-        arrived = begin(*used)
+        by_kernel = self._by_kernel(len(flat))
+        used = (flat.to(self.device) if by_kernel else flat, records, out)
+        arrived = (self._begin_kernel if by_kernel else self._begin_threads)(*used)
 
         def join(used: tuple[Tensor, ...] = used) -> Tensor:  # holds what the side streams use until then
             torch.cuda.current_stream(self.device).wait_event(arrived())
@@ -127,15 +130,17 @@ class ServingTable(nn.Module):
         self._turn += 1
         slot.reserve(len(ids), self.layout.record_bytes)
         told, arrived = torch.cuda.Event(), torch.cuda.Event()
-        self._back.wait_stream(torch.cuda.current_stream(self.device))
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._back):
-            slot.ids[: len(ids)].copy_(ids, non_blocking=True)
-            told.record()
+        if ids.is_cuda:
+            self._back.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._back):
+                slot.ids[: len(ids)].copy_(ids, non_blocking=True)
+                told.record()
 
         def fetch() -> torch.cuda.Event:
-            told.synchronize()
-            self.store.read(slot.ids[: len(ids)], slot.records)
+            if ids.is_cuda:
+                told.synchronize()
+            self.store.read(slot.ids[: len(ids)] if ids.is_cuda else ids.long(), slot.records)
             with torch.cuda.stream(self._stream):
                 records.copy_(slot.records[: len(records)], non_blocking=True)
                 slot.copied.record()

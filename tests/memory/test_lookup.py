@@ -128,7 +128,7 @@ def test_on_a_gpu_every_path_reads_the_same(
     table = ServingTable(store, layout, device=device, hot=hot, few=few)
     for shape in ((1, 1, 4), (3, 700, 4), (2, 5, 4), (2, 900, 4), (1, 1, 4)):
         addresses = torch.randint(ROWS, shape, device=device, dtype=torch.int32)
-        joins = [table.begin(addresses), table.begin(addresses)]
+        joins = [table.begin(addresses), table.begin(addresses.cpu())]
         for join in joins:
             assert torch.equal(join(), resident(addresses).detach())
     table.close()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("options", [[], ["--ahead"]], ids=["with the pass", "ahead"])
+@pytest.mark.parametrize("options", [[], ["--ahead", "--prefill-hash", "device"]], ids=["usual", "ahead"])
 def test_rehearsal(tmp_path: Path, options: list[str]) -> None:
     out = tmp_path / "serving.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--rehearse", "--out", str(out)]
