@@ -8,6 +8,7 @@ from saved_networks import save_run
 
 from engram_lab.errors import UserError
 from engram_lab.memory.config import MemoryConfig
+from engram_lab.memory.hot_rows import HotRows, hottest
 from engram_lab.model.checkpoint import load, save
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
@@ -71,3 +72,18 @@ def test_sharded_tables_do_not_serve(tmp_path: Path) -> None:
     save_run(tmp_path)
     with pytest.raises(UserError, match="sharded"):
         load(tmp_path / "model", tables=MemoryConfig(tier="sharded"))
+
+
+def test_rows_kept_by_calibration_are_those_the_text_reads_most(tmp_path: Path) -> None:
+    save_run(tmp_path)
+    network = load(tmp_path / "model", tables=MemoryConfig(tier="host"))
+    assert network.hash is not None
+    calibration = [torch.full((1, 50), 7), torch.arange(30).unsqueeze(0)]
+    table = network.tables[0]
+    rows = hottest((network.hash(ids)[0] for ids in calibration), 4)
+    assert rows.sort().values.tolist() == network.hash(calibration[0])[0, 0, -1].sort().values.tolist()
+    hot = HotRows.load(table.store, rows, table.device)
+    expected = torch.empty(4, table.layout.record_bytes, dtype=torch.uint8)
+    table.store.read(rows, expected)
+    assert torch.equal(hot.records, expected)
+    close(network)
