@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(call=_report)
 
     generate = commands.add_parser("generate", help="let a trained network continue a text")
-    generate.add_argument("checkpoint", type=Path, help="a run's directory, or the model folder in it")
+    generate.add_argument(
+        "checkpoint", type=Path, help="a run's directory, the model folder in it, or the run's 16 digits"
+    )
     generate.add_argument("text", help="what the document begins with")
     generate.add_argument("--tokens", type=int, default=128, help="at most this many new ones; default: 128")
     generate.add_argument(
@@ -115,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser(
         "inspect", help="show what the memory does on a text: gates, LogitLens, switched off"
     )
-    inspect.add_argument("checkpoint", type=Path, help="a run's directory, or the model folder in it")
+    inspect.add_argument(
+        "checkpoint", type=Path, help="a run's directory, the model folder in it, or the run's 16 digits"
+    )
     inspect.add_argument("--text", required=True, help="what the document begins with")
     inspect.add_argument("--out", type=Path, help="write it as an HTML page too")
     inspect.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")

@@ -135,7 +135,7 @@ class _Display:
     def __init__(self) -> None:
         self._status: AbstractContextManager[Any] = nullcontext()
         self._live: Any = None
-        self._last = -math.inf
+        self._last, self._said = -math.inf, ""
 
     def __enter__(self) -> _Display:
         if console.is_terminal:
@@ -158,8 +158,8 @@ class _Display:
         line = describe(progress)
         if self._live is not None:
             self._live.update(line)
-        elif time.monotonic() - self._last >= self.EVERY_SECONDS:
-            self._last = time.monotonic()
+        elif time.monotonic() - self._last >= self.EVERY_SECONDS and line != self._said:
+            self._last, self._said = time.monotonic(), line
             self.say(line)
 
 
@@ -220,16 +220,18 @@ def status(name: str, directory: Path) -> None:
 
     queue = StudyQueue(study_directory(_stored_recipe(name, directory)), name)
     table = Table(Column("cell", no_wrap=True), "state", "loss", "run", "reason", box=None)
+    counts, queued = queue.counts(), set()
     for cell in queue.states():
         loss = "" if cell.loss is None else f"{cell.loss:.4f}"
         table.add_row(cell.label, cell.state, loss, cell.identity, cell.reason)
-    queued = {cell.label for cell in queue.states()}
-    added = [f"rho {cell.rho:g} seed {cell.seed}" for cell in read_extension(queue.directory)]
-    for label in added:
+        queued.add(cell.label)
+    for added in read_extension(queue.directory):
+        label = f"rho {added.rho:g} seed {added.seed}"
         if label not in queued:
-            table.add_row(label, "added", "", "", "trained when the recipe is run again")
+            table.add_row(label, "waiting", "", "", "added; the next run of the recipe trains it")
+            counts["waiting"] += 1
     console.print(table)
-    console.print(", ".join(f"{count} {state}" for state, count in queue.counts().items()))
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
 
 
 def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> None:

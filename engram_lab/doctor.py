@@ -40,10 +40,16 @@ def examine(uri: str) -> Iterator[Check]:
     """Look at Python, the packages, the devices, the owner of `lightning` and the store at `uri`."""
     yield Check("python", sys.version_info >= (3, 11), f"{platform.python_version()} at {sys.executable}")
     for package in PACKAGES:
-        yield _package(package)
-    yield lightning_owner()
+        yield _lightning() if package == "lightning" else _package(package)
     yield _devices()
     yield _store(uri)
+
+
+def _lightning() -> Check:
+    """The package, and the command of the same name, in one line."""
+    package, command = _package("lightning"), lightning_owner()
+    finding = f"{package.finding}; the command: {command.finding}"
+    return Check("lightning", package.fine and command.fine, finding)
 
 
 def lightning_owner(path: str | None = None) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -28,20 +29,26 @@ def generate(
 ) -> int:
     """Print `text` and up to `length` tokens that the network continues it with, as they come.
 
-    The text is taken as the beginning of a document; the continuation ends where the network ends the
-    document. `memory` says where table rows are read from. Returns the exit status: 130 when interrupted,
-    which is a usual way to stop it.
+    The text is taken as the beginning of a document. A blank at its end is taken to be the one before the
+    next word, which vocabularies make part of that word, so that none is doubled. The continuation ends
+    where the network ends the document. `memory` says where table rows are read from. Returns the exit
+    status: 130 when interrupted, which is a usual way to stop it.
     """
     if length < 1:
         raise UserError(f"tokens is {length}, but must be at least 1.")
     saved = open_saved(checkpoint, device, memory)
-    prompt = saved.encode(text)
+    prompt = saved.encode(text.rstrip(" "))
     drawn = (step[0] for step in stream(saved.network, [prompt], length, sampling))
     kept = (token for token in drawn if token is not None and token != saved.network.eos_id)
-    print(printable(text), end="", flush=True)
+    bold, normal = ("\033[1m", "\033[0m") if Console().is_terminal else ("", "")
+    print(f"{bold}{printable(text)}{normal}", end="", flush=True)
+    begins = len(prompt) == 1  # there is no word before to be set apart from
+    pieces = saved.speller.stream(kept, None if begins else prompt[-1])
+    blank = " " if text.endswith(" ") else ""
     try:
-        for piece in saved.speller.stream(kept, prompt[-1]):
-            print(printable(piece), end="", flush=True)
+        for piece in pieces:
+            print(printable(piece.removeprefix(blank)), end="", flush=True)
+            blank = ""
     except KeyboardInterrupt:
         print(flush=True)
         return 130
@@ -51,6 +58,8 @@ def generate(
 
 def inspect(checkpoint: Path, text: str, *, out: Path | None = None, device: str | None = None) -> None:
     """Print what the memory does on `text`, and write it as a page to `out`."""
+    if out is not None:
+        _check_writable(out)
     saved = open_saved(checkpoint, device)
     ids = torch.tensor(saved.encode(text), device=saved.network.embedding.weight.device)
     inspection = examine(saved.network, saved.speller, ids)
@@ -63,3 +72,12 @@ def inspect(checkpoint: Path, text: str, *, out: Path | None = None, device: str
         except OSError as error:
             raise UserError(f"out = {str(out)!r} cannot be written: {error.strerror}.") from error
         console.print(f"page: {out.resolve()}", soft_wrap=True)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a file that cannot be written before minutes are spent on what it would hold."""
+    if out.is_dir():
+        raise UserError(f"out = {str(out)!r} cannot be written: it is a folder.")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
+        raise UserError(f"out = {str(out)!r} cannot be written: {str(folder)!r} takes no new files.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from engram_lab.spelling import Speller
 from engram_lab.text.shards import TOKENIZER
 from engram_lab.text.vocabulary import load_tokenizer, vocabulary_hash
 
+RUNS = Path("mlruns/runs")
+"""Where runs lie unless a recipe's tracking.directory says otherwise."""
+_IDENTITY = re.compile("[0-9a-f]{16}")
 DEVICES = ("cpu", "cuda", "mps")
 
 
@@ -41,10 +45,11 @@ class SavedModel:
 
 
 def open_saved(checkpoint: Path, device: str | None = None, memory: Tier = "resident") -> SavedModel:
-    """Open a run's directory, or the `model` folder in it.
+    """Open a run's directory, the `model` folder in it, or a run by its identity alone.
 
     Args:
-        checkpoint: a folder written by `model.checkpoint.save` with the `tokenizer.json` beside the weights.
+        checkpoint: the identity, 16 hexadecimal digits, of a run below `RUNS`, or a folder written by
+            `model.checkpoint.save` with the `tokenizer.json` beside the weights.
         device: where to compute; None takes the first GPU if there is one.
         memory: where table rows are read from; "disk" writes them into a file beside the weights, once.
 
@@ -60,6 +65,8 @@ def open_saved(checkpoint: Path, device: str | None = None, memory: Tier = "resi
 
 
 def _find(checkpoint: Path) -> Path:
+    if _IDENTITY.fullmatch(str(checkpoint)) and not checkpoint.exists():
+        checkpoint = RUNS / checkpoint
     for folder in (checkpoint, checkpoint / "model"):
         if (folder / RECORD).is_file():
             return folder

@@ -103,7 +103,7 @@ def test_an_empty_recipe_and_a_port_that_is_none(
 
 def test_an_empty_corpus_and_a_binary_one(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("empty.txt").write_text("")
-    refused(capsys, "run", file, "--text.source=empty.txt")
+    assert "'empty.txt': the corpus holds 0" in refused(capsys, "run", file, "--text.source=empty.txt")
     Path("binary.txt").write_bytes(bytes(range(256)) * 40)
     assert "binary.txt" in refused(capsys, "run", file, "--text.source=binary.txt")
 

@@ -4,9 +4,11 @@ import sys
 import pytest
 import torch
 from saved_networks import save_run
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from engram_lab.cli import main
 from engram_lab.model.generation import Sampling, generate
+from engram_lab.saved_model import SavedModel
 from engram_lab.text.vocabulary import train_tokenizer
 
 PROMPT = "the cat – 東"
@@ -79,6 +81,38 @@ def test_an_empty_text_begins_a_document(run, capsys):
     (drawn,) = generate(network, [[network.eos_id]], 3, Sampling(temperature=0))
     _, out, _ = said(capsys, directory, "", "--tokens", 3, "--temperature", 0)
     assert out.rstrip("\n\ufffd") == decoded(network, tokenizer, drawn)
+
+
+def test_a_runs_identity_is_enough(run, tmp_path, capsys, monkeypatch):
+    directory, _, _ = run
+    identity = "0123456789abcdef"
+    (tmp_path / "mlruns" / "runs").mkdir(parents=True)
+    (tmp_path / "mlruns" / "runs" / identity).symlink_to(directory)
+    monkeypatch.chdir(tmp_path)
+    by_path = said(capsys, directory, PROMPT, "--tokens", 3)
+    assert said(capsys, identity, PROMPT, "--tokens", 3) == by_path
+    status, _, err = said(capsys, "0123456789abcdee", PROMPT)
+    assert status == 2
+    assert f"Did you mean 'mlruns/runs/{identity}'?" in err
+
+
+@pytest.mark.parametrize("prompt", ["the cat sat", "the cat ", ""])
+def test_words_are_joined_as_the_tokenizer_joins_them(run, tmp_path, capsys, monkeypatch, prompt):
+    """For a vocabulary of whole words too: prompt and continuation are one text, with its spaces."""
+    directory, network, _ = run
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "cat": 2, "sat": 3, "[EOS]": 4}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    saved = SavedModel(folder=directory, network=network, tokenizer=words)
+    monkeypatch.setattr("engram_lab.model_commands.open_saved", lambda *_: saved)
+    monkeypatch.setattr("engram_lab.model_commands.stream", lambda *_: iter([[1], [2]]))
+    assert said(capsys, directory, prompt)[1] == (prompt.rstrip() + " the cat").lstrip() + "\n"
+
+
+def test_a_blank_at_the_end_of_the_text_is_not_doubled(run, capsys):
+    directory, _, _ = run
+    _, without, _ = said(capsys, directory, "the cat", "--tokens", 20, "--seed", 3)
+    _, out, _ = said(capsys, directory, "the cat ", "--tokens", 20, "--seed", 3)
+    assert out == "the cat " + without.removeprefix("the cat").removeprefix(" ")
 
 
 def test_special_tokens_written_out_are_plain_text(run, capsys):

@@ -37,6 +37,11 @@ def test_without_out_nothing_is_written(runs, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_page_is_checked_before_the_network_is_opened(runs, capsys, monkeypatch):
+    monkeypatch.setattr("engram_lab.model_commands.open_saved", None)
+    assert said(capsys, runs / "memory", "--text", "x", "--out", runs)[0] == 2
+
+
 def test_a_network_without_memory_says_so(runs, tmp_path, capsys):
     status, shown, _ = said(capsys, runs / "plain", "--text", "the cat", "--out", tmp_path / "page.html")
     assert status == 0
@@ -50,9 +55,10 @@ def test_a_network_without_memory_says_so(runs, tmp_path, capsys):
         (["memory", "--text", ""], "The text is empty"),
         (["memory", "--text", "the cat " * 3000], "give a passage of at most 4,095"),
         (["memori", "--text", "x"], "there is no checkpoint"),
-        (["memory", "--text", "x", "--out", "memory"], "cannot be written"),
+        (["memory", "--text", "x", "--out", "memory"], "cannot be written: it is a folder"),
+        (["none", "--text", "x", "--out", "plain/model/model.json/page.html"], "takes no new files"),
     ],
-    ids=["empty", "long", "missing", "folder"],
+    ids=["empty", "long", "missing", "folder", "file as folder"],
 )
 def test_a_mistake_is_one_sentence(runs, capsys, monkeypatch, arguments, sentence):
     monkeypatch.chdir(runs)

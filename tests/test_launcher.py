@@ -267,6 +267,7 @@ def test_doctor_reports_and_creates_nothing(
     monkeypatch.setenv("PATH", "")
     assert doctor.doctor() == 0
     printed = capsys.readouterr().out
+    assert [line.split()[1] for line in printed.splitlines()].count("lightning") == 1
     assert "torch" in printed
     assert "will be created by the first run" in printed
     assert list(tmp_path.iterdir()) == []

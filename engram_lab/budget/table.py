@@ -78,8 +78,8 @@ def _warnings(cells: Iterable[Allocation]) -> Iterator[str]:
         if least < NEAR_START * most:
             yield (
                 f"warning: at rho {cell.rho_nominal:g} heads have from {least:,} to {most:,} rows: so few "
-                "rows meet the total in no other way; fewer engram.heads or a smaller engram.row_dim make heads "
-                "more alike."
+                "rows meet the total in no other way; fewer engram.heads or a smaller engram.row_dim make "
+                "them more alike."
             )
 
 

@@ -186,9 +186,10 @@ def _run_cells(
     )
     tokens = {c.run.identity: c.run.tokens for c in cells}
     counts = queue.counts()
+    ahead = min(workers, counts["waiting"])
     say(
         f"{recipe.name}: {len(cells)} cells, {sum(tokens.values()):,} tokens in all, "
-        f"{counts['finished']} finished before, {min(workers, counts['waiting'])} worker(s)"
+        + (f"{counts['finished']} finished before, {ahead} worker(s)" if ahead else "nothing left to train")
     )
     reported: set[str] = {c.identity for c in queue.states() if c.state in ("finished", "failed")}
     with _workers(directory, min(workers, counts["waiting"])) as pool, _interruptible() as stop:

@@ -66,7 +66,10 @@ def build_shards(config: TextConfig, source: Source, folder: Path, progress: Pro
         check_vocabulary(config, size_of(given))
     before = source.stamps()
     scan = _scan(source, progress)
-    train, validation = _split(scan, config.validation_fraction)
+    try:
+        train, validation = _split(scan, config.validation_fraction)
+    except UserError as error:
+        raise UserError(f"source = {config.source!r}: {error}") from error
     if given is None:
         enough = 1 + int(np.searchsorted(np.cumsum(scan.sizes[train]), _VOCABULARY_SAMPLE))
         texts = _texts(source, train[:enough], len(scan.sizes), progress)

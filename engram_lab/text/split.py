@@ -44,7 +44,7 @@ def split_documents(
     if count < 2:
         plural = "" if count == 1 else "s"
         raise UserError(
-            f"The corpus holds {count} different document{plural}; whole documents are held "
+            f"the corpus holds {count} different document{plural}; whole documents are held "
             "out for validation, so give at least 2 (a .txt file is one unless <|endoftext|> divides it, "
             "a .jsonl file has one a line)."
         )

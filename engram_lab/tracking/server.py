@@ -43,6 +43,7 @@ def serve(uri: str, port: int = 5000, host: str = "127.0.0.1") -> int:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
+    print(f"serving {uri} at http://{host}:{port} in some seconds; Ctrl-C ends it", flush=True)
     # A session of its own keeps the terminal's Ctrl-C from the server, which would answer with a traceback.
     server = subprocess.Popen(command, env=environment, start_new_session=True)
     try:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
@@ -34,6 +35,13 @@ DERIVED = {
     "logger": "set tracking.uri",
     "reload_dataloaders_every_n_epochs": "the data module keeps its own place",
 }
+
+
+class _Bar(RichProgressBar):
+    """Lightning's bar; a run is counted in steps, so that there are no epochs to number."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training".ljust(len(self.validation_description))
 
 
 @functools.cache
@@ -79,6 +87,10 @@ def build_trainer(
         accelerator = values.get("accelerator", os.environ.get("PL_TRAINER_ACCELERATOR", "auto"))
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         values["precision"] = "bf16-mixed" if on_gpu else "32-true"
+    own = [*callbacks, *(values.get("callbacks") or [])]
+    shown = progress_bar and values.get("enable_progress_bar") is not False
+    if shown and not any(isinstance(callback, ProgressBar) for callback in own):
+        own.append(_Bar())
     values |= {
         "max_steps": steps,
         "max_epochs": -1,
@@ -88,9 +100,9 @@ def build_trainer(
         "use_distributed_sampler": False,
         "enable_checkpointing": True,
         "enable_model_summary": False,
-        "enable_progress_bar": progress_bar and values.get("enable_progress_bar") is not False,
+        "enable_progress_bar": shown,
         "logger": logger if logger is not None else False,
-        "callbacks": [*callbacks, *(values.get("callbacks") or [])],
+        "callbacks": own,
     }
     try:
         trainer = Trainer(**values)
