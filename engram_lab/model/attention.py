@@ -135,14 +135,13 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Attend from the T positions of h; `rope` holds their tables. See `attend` for the mask."""
-        q, k, v = (
-            linear(h).unflatten(-1, (-1, self.width)).transpose(1, 2)
-            for linear in (self.query, self.key, self.value)
-        )
-        q, k = (
-            rotate(self.query_norm(q), *rope),
-            rotate(self.key_norm(k), *rope),
-        )
+        weight = torch.cat((self.query.weight, self.key.weight, self.value.weight))
+        qkv = F.linear(h, weight).unflatten(-1, (-1, self.width))
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        # Heads stay innermost but one: the fused kernels answer in the layout of q, which is then that of h.
+        cos, sin = (t.unsqueeze(-2) if t.ndim == 2 else t.transpose(1, 2) for t in rope)
+        q, k = rotate(self.query_norm(q), cos, sin), rotate(self.key_norm(k), cos, sin)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.append(k, v)
         return self.out(attend(q, k, v, self.scale, mask))

@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from engram_lab.errors import UserError
 from engram_lab.model.grouped import gather_choices, grouped_matmul, load, spread
 
+try:
+    from engram_lab.model import experts_triton as kernels
+except ImportError:  # torch for CPUs comes without triton
+    kernels = None  # type: ignore[assignment]
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig:
@@ -91,6 +96,12 @@ class FeedForwardConfig:
         return self.experts == 0 or layer < self.leading_dense_layers
 
 
+def _precision(x: Tensor) -> torch.dtype:
+    """Return the dtype in which x [...] meets the experts; a CPU's is its own (see `Experts.routed`)."""
+    on = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if on else x.dtype
+
+
 class SwiGLU(nn.Module):
     """out(silu(gate(x)) * up(x)) with gate and up in one matrix (arXiv 2002.05202)."""
 
@@ -123,27 +134,49 @@ class Router(nn.Module):
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return mixing weights and expert numbers, both [B, T, K], for h [B, T, D].
 
-        In training the load is added to `counts`, and `imbalance` is renewed if it is part of the loss.
+        In training `imbalance` is renewed if it is part of the loss.
         """
+        precision = _precision(h)
         with torch.autocast(h.device.type, enabled=False):
-            dtype = torch.promote_types(self.weight.dtype, torch.float32)
-            logits = F.linear(h.to(dtype), self.weight.to(dtype))
+            logits = self.logits(h, precision)
             scores = logits.sigmoid() if self.kind == "sigmoid" else logits.softmax(dim=-1)
-            chosen = (scores.detach() + self.bias).topk(self.top_k, dim=-1, sorted=False).indices
+            if h.is_cuda and kernels is not None:
+                chosen = kernels.top_k(scores.detach().flatten(0, -2), self.bias, self.top_k)
+                chosen = chosen.unflatten(0, scores.shape[:-1])
+            else:
+                chosen = (scores.detach() + self.bias).topk(self.top_k, dim=-1, sorted=False).indices
             weights = scores.gather(-1, chosen)
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-            if self.training:
-                self.counts += load(chosen, self.counts.numel())
-                if self.penalised:
-                    self.imbalance = sequence_imbalance(scores, chosen)
+            if self.training and self.penalised:
+                self.imbalance = sequence_imbalance(scores, chosen)
         return weights, chosen
 
-    @torch.no_grad()
+    def logits(self, h: Tensor, precision: torch.dtype) -> Tensor:
+        """Return [..., E] for h [..., D], in float32 or better; a GPU reads h in the experts' `precision`."""
+        if h.is_cuda and kernels is not None and precision == torch.bfloat16:
+            x = h.flatten(0, -2).to(torch.bfloat16)
+            return kernels.router_logits(x, self.weight).unflatten(0, h.shape[:-1])
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(h.to(dtype), self.weight.to(dtype))
+
+    def count(self, load: Tensor) -> None:
+        """In training, add a forward pass's load [E] to `counts`."""
+        if self.training:
+            self.counts += load
+
     def update_bias(self) -> None:
         """Move each bias one step against the sign of its expert's excess load, then forget the load."""
-        counts = self.counts.to(self.bias.dtype)
-        self.bias += self.bias_step * (counts.mean() - counts).sign()
-        self.counts.zero_()
+        update_biases([self])
+
+
+@torch.no_grad()
+def update_biases(routers: list[Router]) -> None:
+    """Update the biases of equally wide routers together."""
+    if routers:
+        counts = torch.stack([router.counts for router in routers]).to(routers[0].bias.dtype)
+        steps = routers[0].bias_step * (counts.mean(dim=1, keepdim=True) - counts).sign()
+        torch._foreach_add_([router.bias for router in routers], list(steps.unbind()))
+        torch._foreach_zero_([router.counts for router in routers])
 
 
 def sequence_imbalance(scores: Tensor, chosen: Tensor) -> Tensor:
@@ -176,23 +209,28 @@ class Experts(nn.Module):
     def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Return the weighted sum [tokens, D] of what each token's chosen experts make of it.
 
-        A CPU stays in the precision of x: under autocast its bfloat16 products would be compiled for each
-        number of rows an expert happens to get.
+        In training the load is added to the router's `counts`. A CPU stays in the precision of x: under
+        autocast its bfloat16 products would be compiled for each number of rows an expert happens to get.
         """
-        K = chosen.shape[1]
+        E, (H, D) = self.gate_up.shape[0], self.out.shape[1:]
+        dtype = _precision(x)
+        x, gate_up, out = x.to(dtype), self.gate_up.to(dtype), self.out.to(dtype)
+        if x.is_cuda and kernels is not None and kernels.fits(dtype, D, H):
+            plan = kernels.arrange(chosen, E)
+            self.router.count(plan[2])
+            narrow = gate_up.detach(), out.detach()
+            return kernels.routed_swiglu(x, self.gate_up, self.out, *narrow, weights, *plan)
         order = chosen.flatten().argsort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        counts = load(chosen, self.gate_up.shape[0])
-        dtype = (
-            torch.get_autocast_dtype("cuda") if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
-        )
+        counts = load(chosen, E)
+        self.router.count(counts)
         with torch.autocast(x.device.type, enabled=False):
-            rows = spread(x.to(dtype), order, places)
-            gate, up = grouped_matmul(rows, self.gate_up.to(dtype), counts).chunk(2, dim=-1)
+            rows = spread(x, order, places)
+            gate, up = grouped_matmul(rows, gate_up, counts).chunk(2, dim=-1)
             # Weighing the hidden values instead of the results is the same sum over fewer channels.
             share = weights.flatten().index_select(0, order).to(dtype).unsqueeze(1)
-            y = grouped_matmul(F.silu(gate) * up * share, self.out.to(dtype), counts)
-            return gather_choices(y, order, places, K)
+            y = grouped_matmul(F.silu(gate) * up * share, out, counts)
+            return gather_choices(y, order, places, chosen.shape[1])
 
 
 def feed_forward(d_model: int, config: FeedForwardConfig, layer: int) -> SwiGLU | Experts:

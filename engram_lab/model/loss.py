@@ -8,6 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+try:
+    from engram_lab.model import loss_triton as kernels
+except ImportError:  # torch for CPUs comes without triton
+    kernels = None  # type: ignore[assignment]
+
 # Logits held at once. On a CPU core a slice of 8 MiB stays near the caches (256 rows of 8,192 were the
 # fastest of 64 to 1,024 rows); on a GPU half a GiB keeps the products large.
 _CPU_LOGITS, _GPU_LOGITS = 2**21, 2**27
@@ -29,10 +34,16 @@ def linear_cross_entropy(
         h = h.to(torch.get_autocast_dtype(device))
     elif h.dtype != weight.dtype:
         h = h.to(weight.dtype)
+    differentiable = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    fused = h.is_cuda and kernels is not None and h.dtype == torch.bfloat16
+    if fused and not (differentiable and reduction == "none"):
+        total, losses, _, _ = kernels.linear_cross_entropy(h, weight, targets, differentiable)
+        if reduction == "none":
+            return losses
+        return total / targets.numel() if reduction == "mean" else total
     rows = max(1, (_CPU_LOGITS if device == "cpu" else _GPU_LOGITS) // weight.shape[0])
     with torch.autocast(device, enabled=False):
         if reduction != "none":
-            differentiable = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
             total = _SlicedCrossEntropy.apply(h, weight, targets, rows, differentiable)
             return total / targets.numel() if reduction == "mean" else total
         losses = []

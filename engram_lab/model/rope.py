@@ -85,6 +85,6 @@ def _(angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, heads, T, width]; channel i is paired with channel i + width / 2."""
+    """Rotate x [..., width] by tables that fit it; channel i is paired with channel i + width / 2."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engram_lab.model.attention import Attention
 from engram_lab.model.cache import Cache, LayerCache
 from engram_lab.model.config import ModelConfig
-from engram_lab.model.experts import Experts, Router, feed_forward
+from engram_lab.model.experts import Experts, Router, feed_forward, update_biases
 from engram_lab.model.hashing import NgramHash
 from engram_lab.model.latent import LatentAttention
 from engram_lab.model.loss import linear_cross_entropy
@@ -177,8 +177,7 @@ class Transformer(nn.Module):
 
     def update_router_bias(self) -> None:
         """Balance the experts by one step, from the loads of the training forwards since the last call."""
-        for router in self.routers():
-            router.update_bias()
+        update_biases(self.routers())
 
     def parameter_roles(self) -> dict[str, Role]:
         """Say for every parameter how it is to be trained.
