@@ -15,7 +15,7 @@ from scaling.allocation_results import AllocationFit, AllocationModel, Optimum, 
 from scaling.curvefit import CurveFit, fit_curve, union
 from scaling.errors import ScalingError
 from scaling.families import Family
-from scaling.frame import Source, budget_groups, finished, numbers, read
+from scaling.frame import Source, budget_groups, finished, merged_budgets, numbers, read
 from scaling.lack import with_lack
 from scaling.observations import Observations, observe
 from scaling.robust import reweigh
@@ -74,6 +74,7 @@ def fit_allocation(
         "lack_of_fit_sd": tau,
         "error": weighting,
         "runs_left_out": sum(item.count for item in excluded),
+        "budgets_merged": "" if value is None else merged_budgets(numbers(frame, "budget")),
     }
     return analyse(obs, families, budget=value, held=held, confidence=confidence, seed=seed)
 

@@ -24,6 +24,9 @@ LARGEST = 700.0
 FLOPS_PER_PARAMETER_TOKEN = 6.0
 """C = 6 N D, by which D is filled in when only compute is given."""
 
+SIZE, TOKENS = frozenset({0}), frozenset({1})
+"""The term of N and the term of D, in this law and in Kaplan's."""
+
 
 def fit_chinchilla(
     source: Source,
@@ -78,6 +81,9 @@ def fit_chinchilla(
         starts=_starts(x, z, loss, tied),
         report=report,
         main=("A", "B", "E", "alpha", "beta"),
+        labels=("total_parameters", "tokens"),
+        exponents=("alpha",) if tied else ("alpha", "beta"),
+        rests_on={"A": SIZE, "B": TOKENS} | ({} if tied else {"alpha": SIZE, "beta": TOKENS}),
         predict=predict,
         columns={"total_parameters": n, "tokens": d},
         loss=loss,

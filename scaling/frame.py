@@ -21,9 +21,8 @@ Source = pl.DataFrame | Mapping[str, Any] | str | Path
 """What every fit accepts: a polars frame, a mapping of columns, or the path of a file (`scaling.files`)."""
 
 BUDGET_GAP = 1.15
-"""Runs whose training compute differs by less than this factor from the next belong to one budget: the
-realised FLOPs of an iso-FLOP sweep scatter by a few per cent, planned budgets differ by a factor of two or
-more.
+"""Runs of one budget differ by at most this factor in training compute: the realised FLOPs of an iso-FLOP
+sweep scatter by a few per cent, planned budgets differ by a factor of two or more.
 """
 
 _POLARS: dict[type, pl.DataType] = {str: pl.String(), int: pl.Int64(), float: pl.Float64()}
@@ -149,12 +148,34 @@ def finished(
 
 
 def budget_groups(budget: np.ndarray) -> np.ndarray:
-    """Group index of every run by training compute, sorted by compute; see `BUDGET_GAP`."""
-    order = np.argsort(budget, kind="stable")
-    step = np.concatenate([[False], np.diff(np.log(budget[order])) > np.log(BUDGET_GAP)])
-    groups = np.empty(len(budget), dtype=int)
-    groups[order] = np.cumsum(step)
-    return groups
+    """Group index of every run by training compute [n], sorted by compute; see `BUDGET_GAP`.
+
+    A group that spans more than the factor is split at its widest gap, so that no chain of small steps joins
+    budgets that are apart.
+    """
+    values, place = np.unique(np.log(budget), return_inverse=True)
+    label = np.zeros(len(values), dtype=int)
+    todo, widest = [(0, len(values))], np.log(BUDGET_GAP)
+    while todo:
+        first, last = todo.pop()
+        if values[last - 1] - values[first] <= widest:
+            continue
+        gaps = np.diff(values[first:last])
+        wide = np.flatnonzero(gaps >= gaps.max() * (1 - 1e-9))
+        cut = first + 1 + int(wide[np.abs(wide - len(gaps) / 2).argmin()])
+        if gaps.max() < widest / 10:  # no gap worth the name: halve the span
+            cut = int(np.searchsorted(values, (values[first] + values[last - 1]) / 2))
+        label[cut] = 1
+        todo += [(first, cut), (cut, last)]
+    return np.cumsum(label)[place]
+
+
+def merged_budgets(budget: np.ndarray) -> str:
+    """What was taken for one budget, in words; empty when all values are equal."""
+    values = np.unique(budget)
+    if len(values) < 2:
+        return ""
+    return f"{len(values)} values from {values[0]:.4g} to {values[-1]:.4g} FLOPs taken for one budget"
 
 
 def numbers(frame: pl.DataFrame, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from scaling.curvefit import Interval
 from scaling.frame import Excluded
-from scaling.lawfit import LawFit, Predict
+from scaling.lawfit import LawFit, Predict, unfitted
 from scaling.levenberg import Function, Model, extremes, minimise
 from scaling.separable import quantile_f
 
@@ -54,28 +54,16 @@ def gauss_fit(
         "columns": columns,
         "loss": loss,
         "formula_of": predict,
-        "draws": {},
+        "names": main,
     }
     poor = [key for key, count in needs.items() if len(np.unique(columns[key])) < count]
-    if n < p + 2 or poor or np.ptp(loss) <= 1e-12 * float(np.abs(loss).max()):
-        reason = "all losses are equal"
-        if poor:
-            taken = len(np.unique(columns[poor[0]]))
-            reason = f"{poor[0]} takes {taken} values; at least {needs[poor[0]]} are needed"
-        elif n < p + 2:
-            reason = f"{n} runs; {p} parameters need at least {p + 2}"
-        return LawFit(
-            **common,
-            params={},
-            intervals={},
-            interval_method="none",
-            derived={},
-            objective=None,
-            aicc=None,
-            sd=None,
-            status="too-few-points" if n < p + 2 or poor else "flat-direction",
-            notes=(reason,),
-        )
+    if n < p + 2:
+        return unfitted(common, f"{n} runs; {p} parameters need at least {p + 2}")
+    if poor:
+        taken = len(np.unique(columns[poor[0]]))
+        return unfitted(common, f"{poor[0]} takes {taken} values; at least {needs[poor[0]]} are needed")
+    if np.ptp(loss) <= 1e-12 * float(np.abs(loss).max()):
+        return unfitted(common, "all losses are equal", status="flat-direction")
     found = minimise(model, starts, iterations=500)
     winner = int(np.argmin(np.where(np.isfinite(found.rss), found.rss, np.inf)))
     theta, rss = found.theta[winner], float(found.rss[winner])
@@ -117,4 +105,5 @@ def gauss_fit(
         status=notes[0].split(":")[0] if notes else "converged",
         notes=tuple(notes),
         profile=profile,
+        draws={},
     )

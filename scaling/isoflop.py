@@ -4,6 +4,7 @@ compute.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,16 @@ from scaling.allocation import budgets
 from scaling.curvefit import Interval, fit_curve
 from scaling.errors import ScalingError
 from scaling.families import Family
-from scaling.frame import Excluded, Source, budget_groups, finished, need, numbers, read
+from scaling.frame import (
+    Excluded,
+    Source,
+    budget_groups,
+    finished,
+    merged_budgets,
+    need,
+    numbers,
+    read,
+)
 from scaling.levenberg import extremes, minimise
 from scaling.observations import build
 from scaling.separable import Axis, quantile_f
@@ -105,12 +115,16 @@ def fit_isoflop(
         raise ScalingError(
             f"Column {column!r} must be positive, because the valley is a parabola in its logarithm."
         )
-    group = budget_groups(numbers(frame, "budget"))
+    compute = numbers(frame, "budget")
+    group = budget_groups(compute)
     found = budgets(frame)
     valleys = []
     for index, budget in enumerate(found):
         part = frame.filter(pl.Series(group == index))
-        valleys.append(_valley(budget, np.log(numbers(part, column)), numbers(part, "loss"), confidence))
+        valley = _valley(budget, np.log(numbers(part, column)), numbers(part, "loss"), confidence)
+        joined = merged_budgets(compute[group == index])
+        notes = (*valley.notes, *((f"budgets-merged: {joined}",) if joined else ()))
+        valleys.append(dataclasses.replace(valley, notes=notes))
     mean = float(np.exp(np.log(found).mean()))
     common: dict[str, Any] = {
         "column": column,

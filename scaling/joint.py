@@ -13,7 +13,7 @@ import polars as pl
 from scaling.allocation import budgets, expert_floor
 from scaling.curvefit import Interval, union
 from scaling.errors import ScalingError
-from scaling.frame import Source, budget_groups, finished, numbers, read
+from scaling.frame import Source, budget_groups, finished, merged_budgets, numbers, read
 from scaling.joint_law import FORMS, Form, JointData, curve, optimum_at, residuals
 from scaling.joint_results import Drift, Forecast, JointFit, JointModel
 from scaling.levenberg import Function, extremes, minimise
@@ -60,7 +60,8 @@ def prepare(
             f"Column 'budget' holds one budget ({found[0]:.3g} FLOPs); the joint law needs at least two."
         )
     obs = observe(frame, "rho", noise=noise, blocks=blocks, excluded=excluded)
-    group = budget_groups(numbers(frame, "budget"))
+    compute = numbers(frame, "budget")
+    group = budget_groups(compute)
     floors = [expert_floor(frame.filter(pl.Series(group == index))) for index in range(len(found))]
     data = JointData(
         rho=obs.x,
@@ -77,6 +78,7 @@ def prepare(
         "S_source": "; ".join(sorted({origin for _, origin in floors})),
         "blocks": obs.block_name,
         "sd_known": obs.known,
+        "budgets_merged": [merged_budgets(compute[group == index]) for index in range(len(found))],
     }
     if len(data.loss) > MANY:
         data = _compact(data, obs)

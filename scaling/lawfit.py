@@ -12,6 +12,7 @@ import numpy as np
 from scaling.curvefit import Interval
 from scaling.errors import ScalingError
 from scaling.frame import Excluded
+from scaling.identify import deviance, doubts
 from scaling.lse import Terms, solve
 
 Report = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -30,6 +31,8 @@ class LawFit:
     formula: str
     n: int
     k: int
+    names: tuple[str, ...]
+    """Every parameter of the formula, fitted or not."""
     params: dict[str, float]
     intervals: dict[str, Interval]
     interval_method: str
@@ -104,9 +107,12 @@ class LawFit:
             "formula": self.formula,
             "n": self.n,
             "k": self.k,
-            **self.params,
+            **{name: self.params.get(name) for name in self.names},
             "objective": self.objective,
-            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+            "intervals": {
+                name: list(self.intervals.get(name, (None, None)))
+                for name in dict.fromkeys((*self.names, *self.intervals))
+            },
             "interval_method": self.interval_method,
             "derived": dict(self.derived),
             "delta": None if math.isinf(self.delta) else self.delta,
@@ -142,6 +148,9 @@ def law_fit(
     starts: np.ndarray,
     report: Report,
     main: tuple[str, ...],
+    labels: tuple[str, ...],
+    exponents: tuple[str, ...],
+    rests_on: Mapping[str, frozenset[int]],
     predict: Predict,
     columns: Mapping[str, np.ndarray],
     loss: np.ndarray,
@@ -153,7 +162,12 @@ def law_fit(
     excluded: tuple[Excluded, ...],
     held: Mapping[str, Any],
 ) -> LawFit:
-    """Fit, bootstrap and say how it went."""
+    """Fit, bootstrap and say how it went.
+
+    `labels` names the terms that the law may turn out not to need, `exponents` the parameters that should be
+    positive, `rests_on` the terms that a parameter needs (all, where it is not listed): a parameter that
+    rests on a term that is not identified has no interval.
+    """
     if not delta > 0:
         raise ScalingError(
             f"delta is {delta!r}; Huber's bend must be positive, or infinite for least squares."
@@ -175,43 +189,34 @@ def law_fit(
         "columns": columns,
         "loss": loss,
         "formula_of": predict,
+        "names": main,
     }
-    distinct = {key: len(np.unique(value)) for key, value in columns.items()}
+    # values that differ by rounding are one
+    distinct = {key: len(np.unique(np.round(np.log(value), 4))) for key, value in columns.items()}
     poor = [key for key, count in distinct.items() if count < 3]
-    if n < p + 2 or poor or np.ptp(np.log(loss)) <= 1e-12:
-        reason = (
-            f"{n} runs; {p} parameters need at least {p + 2}"
-            if n < p + 2
-            else f"{poor[0]} takes {distinct[poor[0]]} values; a power law needs at least 3"
-            if poor
-            else "all losses are equal"
-        )
-        return LawFit(
-            **common,
-            params={},
-            intervals={},
-            interval_method="none",
-            derived={},
-            objective=None,
-            aicc=None,
-            sd=None,
-            status="too-few-points" if n < p + 2 or poor else "flat-direction",
-            notes=(reason,),
-            draws={},
-        )
+    if n < p + 2:
+        return unfitted(common, f"{n} runs; {p} parameters need at least {p + 2}")
+    if poor:
+        return unfitted(common, f"{poor[0]} takes {distinct[poor[0]]} values; a power law needs at least 3")
+    if np.ptp(np.log(loss)) <= 1e-12:
+        return unfitted(common, "all losses are equal", status="flat-direction")
+    part, seen = data, columns
     if n > SUBSAMPLE:
-        # a sample chooses the basin; the whole table then needs one start
+        # a sample chooses the basin and finds what is not identified; the whole table then needs one start
         some = np.random.default_rng(seed).choice(n, SUBSAMPLE, replace=False)
-        first = solve(data.take(some), starts, delta=delta)
-        starts = first.phi[[int(np.argmin(first.objective))]]
-    found = solve(data, starts, delta=delta)
+        part, seen = data.take(some), {key: value[some] for key, value in columns.items()}
+    sampled = solve(part, starts, delta=delta)
+    doubted = doubts(part, sampled, delta, seen, labels)
+    found = sampled
+    if n > SUBSAMPLE:
+        found = solve(data, sampled.phi[[int(np.argmin(sampled.objective))]], delta=delta)
     winner = int(np.argmin(found.objective))
     phi = found.phi[winner]
     values = {key: float(value[0]) for key, value in report(phi[None]).items()}
-    notes = []
+    notes = [doubt.note for doubt in doubted]
     if not found.converged[winner]:
         notes.append(f"not-converged: scaled gradient {found.gradient[winner]:.1e}")
-    notes += _degenerate(data, phi)
+    notes += [f"negative-exponent: {name} = {values[name]:.3g}" for name in exponents if values[name] <= 0]
     rng = np.random.default_rng(seed)
     sample: dict[str, np.ndarray] = {}
     if draws and n * draws > MOST_CASES:
@@ -223,12 +228,23 @@ def law_fit(
         sample = report(again.phi)
     tail = (1 - confidence) / 2
     intervals: dict[str, Interval] = {}
+    unsure = frozenset[int]().union(*(doubt.terms for doubt in doubted))
     for key, drawn in sample.items():
+        if unsure & rests_on.get(key, unsure):
+            intervals[key] = (None, None)
+            continue
         low, high = np.quantile(drawn, [tail, 1 - tail])
         intervals[key] = (
             float(low) if math.isfinite(low) else None,
             float(high) if math.isfinite(high) else None,
         )
+    for key in exponents:
+        low, high = intervals.get(key, (None, None))
+        if values[key] > 0 and low is not None and low <= 0:
+            notes.append(f"flat-direction: {key} may be 0, where its term is a constant")
+            every = rests_on.get(key, frozenset(range(len(data.terms))))
+            heights = [name for name in intervals if name not in exponents]
+            intervals |= {name: (None, None) for name in heights if every & rests_on.get(name, every)}
     rest = data.value(phi[None])[0][0] - data.log_loss
     units = "clusters" if cluster is not None else "cases"
     return LawFit(
@@ -249,28 +265,25 @@ def law_fit(
     )
 
 
-def _degenerate(data: Terms, phi: np.ndarray) -> list[str]:
-    """Notes on terms that contribute nothing anywhere: their parameters are not identified."""
-    share = data.value(phi[None])[1][0]
-    silent = [k + 1 for k in range(len(share)) if share[k].max() < 1e-4]
-    return [f"flat-direction: term {k} contributes less than .01 % everywhere" for k in silent]
+def unfitted(common: Mapping[str, Any], reason: str, status: str = "too-few-points") -> LawFit:
+    """The result of a law that the runs do not carry."""
+    return LawFit(
+        **common,
+        params={},
+        intervals={},
+        interval_method="none",
+        derived={},
+        objective=None,
+        aicc=None,
+        sd=None,
+        status=status,
+        notes=(reason,),
+        draws={},
+    )
 
 
 def huber_aicc(objective: float, n: int, p: int, delta: float) -> float | None:
-    """AICc under the density proportional to exp(-huber(r) / s), its scale s at the maximum of the
-    likelihood.
-
-    The density integrates to sqrt(2 pi s) erf(delta / sqrt(2 s)) + 2 (s / delta) exp(-delta^2 / (2 s));
-    with an infinite delta it is the normal one.
-    """
+    """AICc under the density of `identify.deviance`."""
     if n - p <= 1 or objective <= 0:
         return None
-    if math.isinf(delta):
-        deviance = n * math.log(2 * math.pi * 2 * objective / n) + n
-    else:
-        scale = np.exp(np.linspace(math.log(objective / n) - 12, math.log(objective / n) + 12, 4801))
-        inside = np.array([math.erf(bend) for bend in (delta / np.sqrt(2 * scale)).tolist()])
-        normal = np.sqrt(2 * np.pi * scale) * inside
-        tails = 2 * scale / delta * np.exp(-(delta**2) / (2 * scale))
-        deviance = float((2 * objective / scale + 2 * n * np.log(normal + tails)).min())
-    return deviance + 2 * p + 2 * p * (p + 1) / (n - p - 1)
+    return deviance(objective, n, delta) + 2 * p + 2 * p * (p + 1) / (n - p - 1)

@@ -13,7 +13,7 @@ import numpy as np
 from scaling.allocation import one_budget
 from scaling.curvefit import CurveFit, fit_curve
 from scaling.errors import ScalingError
-from scaling.frame import Excluded, Source, finished, numbers, read
+from scaling.frame import Excluded, Source, finished, merged_budgets, numbers, read
 from scaling.lack import with_lack
 from scaling.memory_families import memory_families
 from scaling.memory_verdict import PowerLaw, power_law
@@ -107,7 +107,7 @@ def fit_memory(
     elif size not in SIZES:
         raise ScalingError(f"size is {size!r}; allowed are 'slots' and 'memory_parameters'.")
     frame, excluded = finished(frame, (size,), "memory")
-    frame, _ = one_budget(frame, budget)
+    frame, value = one_budget(frame, budget)
     sizes = numbers(frame, size)
     if not (sizes > 0).any():
         raise ScalingError(
@@ -124,6 +124,7 @@ def fit_memory(
         "lack_of_fit_sd": tau,
         "error": weighting,
         "runs_left_out": sum(item.count for item in excluded),
+        "budgets_merged": "" if value is None else merged_budgets(numbers(frame, "budget")),
     }
     return analyse(obs, size=size, held=held, confidence=confidence)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from scaling.chinchilla import FLOPS_PER_PARAMETER_TOKEN, LARGEST, labels, positive_loss, runs
+from scaling.chinchilla import FLOPS_PER_PARAMETER_TOKEN, LARGEST, SIZE, TOKENS, labels, positive_loss, runs
 from scaling.frame import Source, finished, need, numbers, read
 from scaling.lawfit import LawFit, law_fit
 from scaling.lse import Terms
@@ -66,6 +66,9 @@ def fit_kaplan(
         starts=np.array(starts),
         report=report,
         main=("N_c", "D_c", "alpha_N", "alpha_D"),
+        labels=("total_parameters", "tokens"),
+        exponents=("alpha_N", "alpha_D"),
+        rests_on={"N_c": SIZE, "alpha_N": SIZE, "D_c": TOKENS, "alpha_D": TOKENS},
         predict=predict,
         columns={"total_parameters": n, "tokens": d},
         loss=loss,
@@ -141,6 +144,9 @@ def fit_gadre(
         starts=np.array(starts),
         report=report,
         main=("a", "b", "E", "eta"),
+        labels=("models too small", "models trained too little"),
+        exponents=("eta",),
+        rests_on={},
         predict=predict,
         columns={"budget": compute, "over_training": multiplier},
         loss=loss,

@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from scaling import ScalingError, read
+from scaling import ScalingError, fit_allocation, read
 from scaling.frame import budget_groups, finished
 from scaling.schema import ALIASES, BY_NAME, COLUMNS, squash
 
@@ -141,3 +141,21 @@ def test_a_misspelt_status_names_the_nearest():
 def test_budgets_within_a_few_per_cent_are_one_group():
     budget = np.array([1.02e18, 4e18, 0.98e18, 4.1e18, 1e18])
     assert budget_groups(budget).tolist() == [0, 1, 0, 1, 0]
+
+
+def test_no_chain_of_small_steps_joins_budgets_that_are_apart():
+    steps = 1e18 * 1.1 ** np.arange(8)
+    groups = budget_groups(steps)
+    for group in np.unique(groups):
+        members = steps[groups == group]
+        assert members.max() / members.min() <= 1.15 * (1 + 1e-9)
+    planned = np.repeat([1e18, 1.3e18, 1.69e18], 4) * np.tile([0.97, 0.99, 1.01, 1.03], 3)
+    assert budget_groups(planned).tolist() == np.repeat([0, 1, 2], 4).tolist()
+    assert budget_groups(1e18 * np.array([1.0, 1.12, 1.16, 1.2])).tolist() == [0, 1, 1, 1]
+
+
+def test_budgets_that_were_merged_are_told():
+    rho = np.linspace(0.1, 1, 10)
+    table = {"rho": rho, "loss": 1.7 + (rho - 0.6) ** 2, "budget": 1e18 * np.linspace(1, 1.1, 10)}
+    assert "10 values from 1e+18 to 1.1e+18" in fit_allocation(table).held["budgets_merged"]
+    assert fit_allocation(table | {"budget": np.full(10, 1e18)}).held["budgets_merged"] == ""

@@ -328,3 +328,83 @@ def test_tables_that_no_law_describes_have_a_status_and_finite_json(law, shape):
     fit = law(table)
     assert fit.status
     json.dumps(fit.to_dict(), allow_nan=False)
+
+
+def unidentified(fit, status, *names):
+    plain = fit.to_dict()
+    assert fit.status == status, fit.notes
+    for name in names:
+        assert plain["intervals"][name] == [None, None]
+    json.dumps(plain, allow_nan=False)
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.004])
+@pytest.mark.parametrize("sd", [0.0, 0.004])
+def test_tokens_that_follow_parameters_are_collinear(sd, scatter):
+    rng = np.random.default_rng(0)
+    size = runs()["N"]
+    tokens = 20 * size * np.exp(scatter * rng.standard_normal(120))
+    p = PUBLISHED
+    loss = p["E"] + p["A"] * size ** -p["alpha"] + p["B"] * tokens ** -p["beta"]
+    table = {"N": size, "D": tokens, "loss": loss * np.exp(sd * rng.standard_normal(120))}
+    unidentified(fit_chinchilla(table, draws=50), "collinear", "A", "B", "E", "alpha", "beta", "N_exponent")
+    unidentified(fit_kaplan(table, draws=50), "collinear", "N_c", "D_c", "alpha_N", "alpha_D")
+    assert fit_gadre(table, draws=50).status in ("collinear", "too-few-points")
+    one = runs() | {"C": np.full(120, 1e20), "D": 1e20 / 6 / size}
+    unidentified(fit_chinchilla(one, draws=50), "collinear", "A", "B", "E", "alpha", "beta")
+
+
+@pytest.mark.parametrize("sd", [0.0, 0.004])
+def test_a_law_that_does_not_need_tokens_says_so_and_keeps_what_it_knows(sd):
+    table = runs(n=200)
+    noise = np.exp(sd * np.random.default_rng(1).standard_normal(200))
+    loss = (1.8 + 478 * table["N"] ** -0.347) * noise
+    fit = fit_chinchilla(table | {"loss": loss}, draws=100)
+    unidentified(fit, "flat-direction", "B", "beta", "E", "N_exponent", "ln_G")
+    assert "tokens" in fit.notes[0]
+    low, high = fit.intervals["alpha"]
+    assert low <= 0.347 * (1 + 1e-6)
+    assert high >= 0.347 * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("law", [fit_chinchilla, fit_kaplan, fit_gadre])
+def test_pure_noise_has_no_law(law):
+    clean = 0
+    for seed in range(4):
+        loss = 2.5 * np.exp(0.01 * np.random.default_rng(seed).standard_normal(120))
+        clean += law(runs() | {"loss": loss}, draws=20).status == "converged"
+    assert clean == 0
+
+
+def test_a_loss_that_grows_with_size_has_a_negative_exponent():
+    table = runs()
+    loss = 2 + 1e-3 * table["N"] ** 0.2 + 2143 * table["D"] ** -0.37
+    fit = fit_chinchilla(table | {"loss": loss}, draws=20)
+    assert fit.status == "negative-exponent"
+    assert fit.params["alpha"] == pytest.approx(-0.2, rel=1e-3)
+
+
+def test_a_published_like_table_is_identified():
+    fit = fit_chinchilla(runs(n=240), draws=100)
+    assert fit.status == "converged"
+    assert not fit.notes
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_key_is_there_with_too_few_runs(count):
+    table = {name: value[:count] for name, value in runs().items()}
+    for law, names in (
+        (fit_chinchilla, ("A", "B", "E", "alpha", "beta")),
+        (fit_kaplan, ("N_c", "D_c", "alpha_N", "alpha_D")),
+        (fit_gadre, ("a", "b", "E", "eta")),
+    ):
+        plain = law(table).to_dict()
+        assert plain["status"] == "too-few-points"
+        for name in names:
+            assert plain[name] is None
+            assert plain["intervals"][name] == [None, None]
+    few = {"N": [1e6, 1e7], "E": [1.0, 2.0], "N_v": [1e6, 1e6], "D": [1e9, 1e9], "loss": [3.0, 2.5]}
+    for law, name in ((fit_clark, "E_max"), (fit_tao, "alpha_2")):
+        plain = law(few).to_dict()
+        assert plain[name] is None
+        assert plain["intervals"][name] == [None, None]
