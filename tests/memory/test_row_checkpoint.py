@@ -290,6 +290,49 @@ def test_a_restart_at_any_moment_is_exact(tier: str, actions: list[list[int] | s
         run.store.close()
 
 
+def test_files_hold_at_most_twice_the_rows(tmp_path: Path) -> None:
+    """Rows that change often are gathered in one file; what is committed stays until the next is."""
+    store = new_store()
+    rows = started(tmp_path, store)
+    committed: list[str] = []
+    most = 0
+    for step in range(1, 12):
+        touch(store, some_rows(0), step)
+        manifest = rows.save(step, store, some_rows(0))
+        assert set(committed) <= set(row_files(tmp_path))
+        rows.committed([manifest], store)
+        committed = row_files(tmp_path)
+        held = [file["rows"] for file in manifest["files"]]
+        assert sum(held) <= 200
+        most = max(most, len(held))
+    assert most == 2
+    again = new_store()
+    checkpoints(tmp_path).restore([manifest], again, initial)
+    assert torch.equal(content(again), content(store))
+
+
+def test_only_what_changed_is_put_back_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store("disk", tmp_path)
+    rows = started(tmp_path, store)
+    touch(store, some_rows(1), 1)
+    manifest = rows.save(1, store, some_rows(1))
+    rows.committed([manifest], store)
+    expected = content(store)
+    changed_since = torch.cat([some_rows(1)[:5], torch.tensor([0, ROWS - 1])]).unique()
+    touch(store, changed_since, 2)
+    written, write = [], store.write
+
+    def spy(ids: Tensor, records: Tensor) -> None:
+        written.append(ids.clone())
+        write(ids, records)
+
+    monkeypatch.setattr(store, "write", spy)
+    checkpoints(tmp_path).restore([manifest], store, initial)
+    assert torch.equal(torch.cat(written).sort().values, changed_since)
+    assert torch.equal(content(store), expected)
+    store.close()
+
+
 def test_a_run_changes_its_tier(tmp_path: Path) -> None:
     """On disk, in memory, on the same disk again, whose file knows nothing of what happened in between."""
     expected = new_store()
