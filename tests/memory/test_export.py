@@ -6,17 +6,14 @@ import itertools
 import json
 import os
 import random
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from failures import largest_file, refusal
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engram_lab.errors import UserError
 from engram_lab.memory import export
 from engram_lab.memory.export import INDEX, SavedRows, export_rows, remove_rows
 from engram_lab.memory.host import HostStore
@@ -56,15 +53,6 @@ def content(store: RowStore) -> Tensor:
 def table_of(values: Tensor, name: str) -> Tensor:
     starts = dict(zip(TABLES, itertools.accumulate(TABLES.values(), initial=0), strict=False))
     return values[starts[name] : starts[name] + TABLES[name]]
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        action()
-    message = str(caught.value)
-    assert message.endswith(".")
-    assert "\n" not in message
-    return message
 
 
 def files(folder: Path) -> list[str]:
@@ -213,16 +201,6 @@ def test_damage_to_the_index_is_named(tmp_path: Path) -> None:
     assert f"{path} is damaged" in refusal(lambda: SavedRows(tmp_path))
     path.write_text(json.dumps(whole | {"format": 9}))
     assert "has format 9, but this version reads format 1 only" in refusal(lambda: SavedRows(tmp_path))
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_export_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,23 +6,20 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
+from failures import largest_file, refusal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engram_lab.errors import UserError
 from engram_lab.memory import row_checkpoint, row_file
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.host import HostStore
@@ -87,15 +84,6 @@ def content(store: RowStore) -> Tensor:
 
 def row_files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if "rows" in p.name and p.is_file())
-
-
-def refusal(action: Callable[[], object]) -> str:
-    with pytest.raises(UserError) as caught:
-        action()
-    message = str(caught.value)
-    assert message.endswith(".")
-    assert "\n" not in message
-    return message
 
 
 def some_rows(seed: int, count: int = 100) -> Tensor:
@@ -474,17 +462,6 @@ def test_a_lasting_store_of_another_run_is_written_anew(tmp_path: Path) -> None:
         manifest, expected = outcome[name]
         checkpoints(tmp_path / name).restore([manifest], store, initial)
         assert torch.equal(content(store), expected)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Let the system refuse to write more: the nearest to a full disk that needs no disk of one's own."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 100, 3000])
