@@ -22,6 +22,7 @@ from engram_lab.studies.config import StudyConfig
 from engram_lab.text.config import TextConfig
 from engram_lab.tracking.config import TrackingConfig
 from engram_lab.training.data import DataConfig
+from engram_lab.training.execution import ExecutionConfig
 from engram_lab.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Recipe:
         optimizer: rates and schedule.
         tracking: where runs are recorded.
         trainer: settings of Lightning's Trainer; steps, validation and checkpoints follow from the rest.
+        execution: compilation and activation checkpointing; no part of a run's identity.
         checkpoint_every_n_steps: how much work a kill can cost.
         study: the cells of a study; null for `kind: train`.
     """
@@ -93,6 +95,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     checkpoint_every_n_steps: int = 200
     study: StudyConfig | None = None
 

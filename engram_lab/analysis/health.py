@@ -32,13 +32,16 @@ def recorded(module: nn.Module, store: list[tuple[Any, Any]]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def memory_health(network: Transformer, ids: Tensor, addresses: Tensor) -> dict[str, float]:
+def memory_health(
+    network: Transformer, ids: Tensor, addresses: Tensor, readings: Tensor | None = None
+) -> dict[str, float]:
     """Health numbers of every memory over one batch.
 
     Args:
         network: put into evaluation mode by the caller, so that no router counts change.
         ids: tokens [B, T].
         addresses: row numbers [M, B, T, H].
+        readings: what was read there, [M, B, T, H * U]; None asks the tables.
 
     Returns:
         For each block with a memory, under `memory/layer<block>/`: mean and quantiles of the gate (absent
@@ -50,21 +53,25 @@ def memory_health(network: Transformer, ids: Tensor, addresses: Tensor) -> dict[
     added: dict[int, list[tuple[Any, Any]]] = {layer: [] for layer in layers}
     gates: dict[int, list[tuple[Any, Any]]] = {layer: [] for layer in layers}
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code calls no hooks
         for layer in layers:
             engram = cast(Block, network.blocks[layer]).engram
             assert engram is not None
             stack.enter_context(recorded(engram, added[layer]))
             if engram.gate is not None:
                 stack.enter_context(recorded(engram.gate, gates[layer]))
-        network.hidden(ids, addresses)
+        network.hidden(ids, addresses, readings=readings)
     numbers: dict[str, float] = {}
     for index, layer in enumerate(layers):
         name = f"memory/layer{layer}"
         (inputs, output) = added[layer][0]
         numbers[f"{name}/contribution_ratio"] = (_rms(output) / _rms(inputs[0])).item()
         if network.config.engram.n_heads:  # rivals that hash nothing read no rows
-            table = cast(Table, network.tables[index])
-            rows = table.begin(addresses[index])().unflatten(-1, (network.config.engram.n_heads, -1))
+            if readings is None:
+                reading = cast(Table, network.tables[index]).begin(addresses[index])()
+            else:
+                reading = readings[index]
+            rows = reading.unflatten(-1, (network.config.engram.n_heads, -1))
             numbers[f"{name}/row_norm"] = rows.float().norm(dim=-1).mean().item()
         for _, alpha in gates[layer]:
             values = alpha.float().flatten()

@@ -127,6 +127,7 @@ class Router(nn.Module):
         self.top_k, self.kind, self.bias_step = config.top_k, config.router, config.bias_step
         self.penalised = config.balance_loss > 0
         self.imbalance = torch.zeros(())
+        self.counting = True
         self.weight = nn.Parameter(torch.empty(config.experts, d_model))
         self.register_buffer("bias", torch.zeros(config.experts))
         self.register_buffer("counts", torch.zeros(config.experts, dtype=torch.int64), persistent=False)
@@ -160,8 +161,8 @@ class Router(nn.Module):
         return F.linear(h.to(dtype), self.weight.to(dtype))
 
     def count(self, load: Tensor) -> None:
-        """In training, add a forward pass's load [E] to `counts`."""
-        if self.training:
+        """In training, add a forward pass's load [E] to `counts`, unless it only repeats one."""
+        if self.training and self.counting:
             self.counts += load
 
     def update_bias(self) -> None:

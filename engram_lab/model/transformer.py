@@ -6,12 +6,14 @@ D]" of a block stands for [B, T, n, D] in a network with several streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from engram_lab.model.attention import Attention
 from engram_lab.model.cache import Cache, LayerCache
@@ -55,11 +57,24 @@ class Block(nn.Module):
     ) -> Tensor:
         """Map h [B, T, D] to [B, T, D]; e [B, T, H * row_dim] is what a block with a memory reads."""
         if self.engram is not None:
-            if cache is None:
-                h = h + self.engram(h, e)
-            else:
-                update, cache.convolution = self.engram.step(h, e, cache.convolution)
-                h = h + update
+            h = self.recall(h, e, cache)
+        return self.compute(h, rope, mask, cache)
+
+    def recall(self, h: Tensor, e: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+        """Add what the memory makes of its reading."""
+        if cache is None:
+            return h + self.engram(h, e)
+        update, cache.convolution = self.engram.step(h, e, cache.convolution)
+        return h + update
+
+    def compute(
+        self,
+        h: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Add attention and feed-forward."""
         h = self.attention_residual(h, lambda x: self.attention(self.attention_norm(x), rope, mask, cache))
         return self.ffn_residual(h, lambda x: self.ffn(self.ffn_norm(x)))
 
@@ -82,6 +97,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.eos_id = config, eos_id
+        self.recomputes = False  # whether training keeps only what enters a block, and computes it again
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
@@ -157,8 +173,26 @@ class Transformer(nn.Module):
                 e = next(arriving)()
                 if real is not None:
                     e = e * real.unsqueeze(-1)
-            h = block(h, rope, e, mask, None if cache is None else cache.layers[layer])
+            if self.recomputes and self.training and cache is None:
+                h = checkpoint(block, h, rope, e, use_reentrant=False, context_fn=self._recomputing)
+            else:
+                h = block(h, rope, e, mask, None if cache is None else cache.layers[layer])
         return self.norm(h if self.config.streams == 1 else h.mean(dim=-2))
+
+    def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Return what surrounds a block's forward pass and its repetition, whose load does not count."""
+
+        @contextmanager
+        def uncounted() -> Iterator[None]:
+            for router in self.routers():
+                router.counting = False
+            try:
+                yield
+            finally:
+                for router in self.routers():
+                    router.counting = True
+
+        return nullcontext(), uncounted()
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the rotation tables of `positions`."""

@@ -125,7 +125,13 @@ def fit(
     rows = _table_rows(run, directory, log_every)
     with contextlib.nullcontext() if rows is None else contextlib.closing(rows):
         module = EngramModule(
-            network, recipe.optimizer, corpus, total_steps=config.steps, seed=recipe.seed, rows=rows
+            network,
+            recipe.optimizer,
+            corpus,
+            total_steps=config.steps,
+            seed=recipe.seed,
+            rows=rows,
+            execution=recipe.execution,
         )
         data = EngramDataModule(config, corpus, hash, seed=recipe.seed, rows=rows)
         interval = -(-config.steps // (config.evaluations + 1)) if config.evaluations else None

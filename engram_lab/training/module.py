@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
+from engram_lab.training.execution import ExecutionConfig, prepare
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer, lr_multiplier
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class EngramModule(LightningModule):
         seed: fixes the initial weights; parameters of equal name and shape start equal in every cell of a
             study.
         rows: the tables' rows, where they live in a store rather than in this module.
+        execution: whether blocks are compiled and activations recomputed.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class EngramModule(LightningModule):
         total_steps: int,
         seed: int,
         rows: TableRows | None = None,
+        execution: ExecutionConfig | None = None,
     ) -> None:
         super().__init__()
         self.network, self.optimizer_config, self.total_steps, self.seed = (
@@ -57,6 +60,7 @@ class EngramModule(LightningModule):
         )
         self.nats_per_bit_of_text = math.log(2) * corpus.validation_bytes_per_token
         self.rows = rows
+        self.execution = execution or ExecutionConfig()
         self.net = Transformer(
             network,
             canonical=torch.tensor(corpus.canonical),
@@ -82,8 +86,14 @@ class EngramModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        """Compile, on the device that the network has been moved to."""
+        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
+        prepare(self.net, self.execution, self.device, graphs=alone)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean next-token cross-entropy of the micro-batch, in nats."""
+        torch.compiler.cudagraph_mark_step_begin()
         if self.rows is not None:
             return self.net.loss(batch["ids"], batch["targets"], readings=self.rows.reading(batch))
         addresses = batch.get("addresses")
@@ -133,6 +143,7 @@ class EngramModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the mean cross-entropy of a batch to the evaluation, weighted by its tokens."""
+        torch.compiler.cudagraph_mark_step_begin()
         loss = self.net.loss(batch["ids"], batch["targets"], batch.get("addresses"))
         self.val_loss.update(loss, batch["ids"].numel())
 

@@ -1,0 +1,374 @@
+"""A whole training step (forward, backward, clip, optimizer, balance) on one GPU beside a plain one.
+
+    python benchmarks/step_gpu.py              # writes benchmarks/results/step_gpu.{json,md}
+    python benchmarks/step_gpu.py --rehearse   # a tiny model on the CPU: whether everything runs
+
+Parts, in this order, each written down when it is done: losses of both over some hundred steps from equal
+weights; time a step, the two taking turns; Lightning's loop beside a bare one; kernels by component; compile
+time of a second cell, with other experts and a filled cache; a model of 0.35 B active parameters beside a
+dense one of equal FLOPs. The text is synthetic (a hidden successor for each token, with noise), so that
+routers see structure. FLOPs are 6 x active matrix parameters + causal attention, a forward product counted
+once and a backward one twice; MFU is their rate over the H100's 989 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from plain_model import PlainModel
+from torch import Tensor
+
+from engram_lab.model.attention import AttentionConfig
+from engram_lab.model.config import ModelConfig
+from engram_lab.model.engram import EngramConfig
+from engram_lab.model.experts import FeedForwardConfig
+from engram_lab.model.transformer import Transformer
+from engram_lab.training.execution import ExecutionConfig, prepare
+from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
+
+PEAK = 989e12
+Batch = tuple[Tensor, Tensor, Tensor | None]
+COMPONENTS = {
+    "experts: products": ("_up", "_down_backward", "_weight_gradient", "GroupProblemShape", "grouped"),
+    "experts: choose and sort": ("_top_k", "radix_sort", "RadixSort", "searchsorted", "bucketize"),
+    "attention": ("cudnn", "flash", "fmha"),
+    "loss: softmax": ("_softmax",),
+    "matrix products, head included": ("nvjet", "gemm", "cublas", "cutlass"),
+    "optimizer and clip": ("multi_tensor_apply",),
+    "embeddings and tables": ("embedding", "gather_kernel", "compute_grad_weight", "sum_and_scatter"),
+    "norms, residuals, activations, casts": ("triton_", "layer_norm"),
+}
+
+
+def study_model(experts: int = 102) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=16384,
+        attention=AttentionConfig(n_heads=4, n_kv_heads=2),
+        ffn=FeedForwardConfig(experts=experts, top_k=6, expert_hidden=128, shared_experts=2),
+        engram=EngramConfig(rows_per_head=20_000),
+    )
+
+
+def tiny_model(experts: int = 12) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=256,
+        d_model=64,
+        n_layers=2,
+        ffn=FeedForwardConfig(experts=experts, top_k=2, expert_hidden=32, shared_experts=1),
+        engram=EngramConfig(rows_per_head=100, heads=2),
+    )
+
+
+def large_model() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=32768,
+        d_model=1024,
+        n_layers=20,
+        attention=AttentionConfig(n_heads=16, n_kv_heads=4),
+        ffn=FeedForwardConfig(experts=64, top_k=6, expert_hidden=512, shared_experts=2),
+    )
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    D, attention, ffn = config.d_model, config.attention, config.ffn
+    width = attention.head_width(D)
+    block = D * width * 2 * (attention.n_heads + attention.kv_heads)
+    block += 3 * D * ffn.dense_width() + (D * ffn.experts if ffn.experts else 0)
+    active = config.n_layers * block + config.vocab_size * D
+    if config.engram is not None:
+        active += 2 * config.engram.reading_dim * D * len(config.engram.layers)
+    return 6 * active + 6 * config.n_layers * attention.n_heads * width * length
+
+
+def build(config: ModelConfig, device: str) -> Transformer:
+    """The usual initial values, drawn at once."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        network = Transformer(config)
+        roles = network.parameter_roles()
+        with torch.no_grad():
+            for name, p in network.named_parameters():
+                if roles[name] in ("embedding", "table"):
+                    p.normal_(std=0.5 if name == "embedding.weight" else 0.02)
+                elif roles[name] == "matrix":
+                    p.normal_(std=p.shape[-2 if p.ndim == 3 else -1] ** -0.5)
+    return network.to(device)
+
+
+def text(network: Transformer, sequences: int, length: int, batches: int, device: str) -> list[Batch]:
+    V, generator = network.config.vocab_size, torch.Generator(device).manual_seed(1)
+    successor = torch.randperm(V, device=device, generator=generator)
+    made: list[Batch] = []
+    for _ in range(batches):
+        noise = torch.rand(sequences, length + 1, device=device, generator=generator)
+        ids = ((V**noise) - 1).long().clamp(0, V - 1)  # log-uniform: few common tokens, many rare
+        follows = torch.rand(sequences, length + 1, device=device, generator=generator) < 0.6
+        for t in range(1, length + 1):
+            ids[:, t] = torch.where(follows[:, t], successor[ids[:, t - 1]], ids[:, t])
+        inputs = ids[:, :-1].contiguous()
+        made.append((inputs, ids[:, 1:].contiguous(), None if network.hash is None else network.hash(inputs)))
+    return made
+
+
+class Step:
+    """One training step of either model; `loss` of the last one stays on the device."""
+
+    def __init__(self, network: Transformer, plain: bool, batches: list[Batch], device: str) -> None:
+        self.batches, self.device, self.done = batches, device, 0
+        config, roles = OptimizerConfig(), network.parameter_roles()
+        if plain:
+            self.model: Any = PlainModel(network.config).to(device).take(network)
+            self.run: Callable[..., Tensor] = torch.compile(self.model) if device == "cuda" else self.model
+            decayed = [p for n, p in self.model.named_parameters() if roles.get(n) == "matrix"]
+            tables = list(self.model.tables.parameters())
+            known = {id(p) for p in (*decayed, *tables)}
+            rest = [p for p in self.model.parameters() if id(p) not in known]
+            rate = config.learning_rate
+            groups = [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": rest},
+                {"params": tables, "lr": rate * config.table_lr_multiplier},
+            ]
+            groups = [group for group in groups if group["params"]]
+            self.optimizer: Any = torch.optim.AdamW(groups, lr=rate, betas=config.betas, weight_decay=0.0)
+        else:
+            self.model = network
+            self.run = network.loss
+            self.optimizer = build_optimizer(network.named_parameters(), roles, config)
+        self.parameters = list(self.model.parameters())
+
+    def __call__(self) -> Tensor:
+        batch = self.batches[self.done % len(self.batches)]
+        self.done += 1
+        torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            self.loss = self.run(*batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.model.update_router_bias()
+        return self.loss
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(step: Callable[[], Any], count: int, device: str) -> float:
+    """Milliseconds a step, the host logging the loss once in ten."""
+    synchronise(device)
+    start = time.perf_counter()
+    for number in range(count):
+        loss = step()
+        if number % 10 == 9:
+            loss.item()
+    synchronise(device)
+    return 1e3 * (time.perf_counter() - start) / count
+
+
+def first_step(step: Step, device: str) -> float:
+    start = time.perf_counter()
+    for _ in range(2):
+        step()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def compare_losses(ours: Step, plain: Step, steps: int) -> dict[str, Any]:
+    pairs = [(ours().detach().clone(), plain().detach().clone()) for _ in range(steps)]
+    a, b = (torch.stack(column).double().cpu() for column in zip(*pairs, strict=True))
+    tail = max(1, steps // 4)
+    return {
+        "steps": steps,
+        "first": [a[0].item(), b[0].item()],
+        "last_quarter_mean": [a[-tail:].mean().item(), b[-tail:].mean().item()],
+        "largest_difference": (a - b).abs().max().item(),
+        "mean_difference": (a - b).abs().mean().item(),
+    }
+
+
+def take_turns(ways: dict[str, Step], rounds: int, count: int, device: str) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, step in ways.items():
+            times[name].append(time_steps(step, count, device))
+    return times
+
+
+def components(step: Step) -> dict[str, Any]:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            step()
+        torch.cuda.synchronize()
+    spent: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.name.startswith(("Optimizer", "Memcpy", "ProfilerStep")):
+            continue
+        found = next((c for c, words in COMPONENTS.items() if any(w in event.name for w in words)), "other")
+        spent[found] += event.device_time_total / 3e3
+        kernels[event.name[:120]] += event.device_time_total / 3e3
+    return {"milliseconds": dict(spent.most_common()), "kernels": dict(kernels.most_common(40))}
+
+
+def lightning_step(network: Transformer, batches: list[Batch], steps: int, device: str) -> float:
+    """Milliseconds a step of `EngramModule` under Lightning's Trainer, logging once in ten."""
+    from lightning.pytorch import Callback, Trainer
+    from lightning.pytorch.loggers.logger import DummyLogger
+    from torch.utils.data import DataLoader
+
+    from engram_lab.training.module import EngramModule
+
+    class Clock(Callback):
+        started = ended = 0.0
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            if index % 10 == 9:
+                loss, norm = module.check_finite(outputs["loss"], index), float(module.gradient_norm)
+                trainer.logger.log_metrics({"train/loss": loss, "train/gradient_norm": norm}, step=index)
+            if index == steps // 2 - 1:
+                synchronise(device)
+                self.started = time.perf_counter()
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            synchronise(device)
+            self.ended = time.perf_counter()
+
+    corpus: Any = SimpleNamespace(
+        validation_bytes_per_token=4.0, canonical=list(range(network.config.vocab_size)), eos_id=0
+    )
+    module = EngramModule(network.config, OptimizerConfig(), corpus, total_steps=steps, seed=0)
+    module.net.load_state_dict(network.state_dict())
+    named = [dict(zip(("ids", "targets", "addresses"), batch, strict=True)) for batch in batches]
+    named = [{k: v for k, v in batch.items() if v is not None} for batch in named]
+    data: Any = DataLoader([named[i % len(named)] for i in range(steps)], batch_size=None)  # type: ignore[arg-type]
+    clock = Clock()
+    trainer = Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_steps=steps,
+        precision="bf16-mixed" if device == "cuda" else "32-true",
+        logger=DummyLogger(),
+        callbacks=[clock],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, data)
+    return 1e3 * (clock.ended - clock.started) / (steps - steps // 2)
+
+
+def large(config: ModelConfig, sequences: int, length: int, device: str, steps: int) -> dict[str, Any]:
+    network = build(config, device)
+    prepare(network, ExecutionConfig(), torch.device(device), graphs=True)
+    step = Step(network, False, text(network, sequences, length, 4, device), device)
+    compiling = first_step(step, device)
+    for router in network.routers():
+        router.bias_step = 0.02  # so that some steps balance what many would
+    time_steps(step, 3 * steps, device)
+    spent = [time_steps(step, steps, device) for _ in range(3)]
+    rate = flops_per_token(config, length) * sequences * length / (1e-3 * statistics.median(spent))
+    return {
+        "milliseconds": spent,
+        "mfu": rate / PEAK,
+        "compile_seconds": compiling,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "peak_GiB": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--steps", type=int, default=200, help="steps over which losses are compared")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel from the host")
+    parser.add_argument("--only", help="a part that another process of this program asks for")
+    options = parser.parse_args()
+    device = "cpu" if options.rehearse else "cuda"
+    model, shape = (tiny_model, (2, 32)) if options.rehearse else (study_model, (32, 1024))
+    if options.only:
+        experts = {"second": 97, "plain": 102, "large": 64, "dense": 0}[options.only]
+        if options.only in ("large", "dense"):
+            config = tiny_model() if options.rehearse else large_model()
+            config = config if experts else replace(config, ffn=replace(config.ffn, experts=0))
+            print(json.dumps(large(config, 2 if options.rehearse else 16, 64 if options.rehearse else 2048,
+                                   device, 2 if options.rehearse else 8)))  # fmt: skip
+            return
+        network = build(model() if options.rehearse else model(experts), device)
+        if options.only == "second":
+            prepare(network, ExecutionConfig(), torch.device(device), graphs=not options.no_graphs)
+        step = Step(network, options.only == "plain", text(network, *shape, 1, device), device)
+        print(json.dumps({"seconds": first_step(step, device)}))
+        return
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"torch": torch.__version__, "command": " ".join(sys.argv)}
+    results["machine"] = torch.cuda.get_device_name() if device == "cuda" else "rehearsal on a CPU"
+
+    def keep(name: str, value: Any) -> None:
+        results[name] = value
+        (options.out / "step_gpu.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(name, json.dumps(value)[:400], flush=True)
+
+    def other(part: str) -> Any:
+        command = [sys.executable, __file__, "--only", part]
+        done = subprocess.run(
+            command + (["--rehearse"] if options.rehearse else []), capture_output=True, text=True
+        )
+        if done.returncode:
+            return {"failed": done.stderr.strip().splitlines()[-1]}
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    # The baseline's compilation fills the cache meanwhile; it takes longer than ours.
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    filling = subprocess.Popen([sys.executable, __file__, "--only", "plain"], env=os.environ, **quiet)  # type: ignore[call-overload]
+    network = build(model(), device)
+    batches = text(network, *shape, 32 if device == "cuda" else 4, device)
+    plain = Step(network, True, batches, device)  # takes the initial weights
+    prepare(network, ExecutionConfig(), torch.device(device), graphs=not options.no_graphs)
+    ours = Step(network, False, batches, device)
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    keep("first_cell_seconds_beside_the_baselines_compilation", first_step(ours, device))
+    filling.wait()
+    keep("baseline_first_step_seconds_cache_filled", first_step(plain, device))
+    keep("losses", compare_losses(ours, plain, options.steps if device == "cuda" else 4))
+    times = take_turns({"plain": plain, "ours": ours}, 6, 20 if device == "cuda" else 2, device)
+    keep("milliseconds", times)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    keep("speedup", middle["plain"] / middle["ours"])
+    keep("mfu", flops_per_token(network.config, shape[1]) * shape[0] * shape[1] / middle["ours"] * 1e3 / PEAK)
+    if device == "cuda":
+        keep("components", components(ours))
+    bare = time_steps(ours, 60 if device == "cuda" else 2, device)
+    network.load_state_dict(weights, strict=False)
+    loop = lightning_step(network, batches, 120 if device == "cuda" else 4, device)
+    keep("lightning", {"bare_ms": bare, "lightning_ms": loop, "overhead": loop / bare - 1})
+    del plain, ours, network, batches
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    keep("second_cell", other("second"))
+    for part in ("large", "dense"):
+        keep(part, other(part))
+
+
+if __name__ == "__main__":
+    main()
