@@ -52,6 +52,7 @@ class RowOptimizer:
         rates: learning rate of the tables at any optimizer step from 1 on, also beyond the end of the run.
         seed: of the random rounding to bfloat16.
         first_row: row number at which each table begins, ascending from 0; sinkhorn balances within a table.
+        total: adds up a tensor over all ranks, where each updates some of a step's rows.
 
     Raises:
         ValueError: the layout has no rule.
@@ -68,11 +69,13 @@ class RowOptimizer:
         rates: Callable[[int], float],
         seed: int,
         first_row: Sequence[int] = (0,),
+        total: Callable[[Tensor], Tensor] = lambda part: part,
     ) -> None:
         if layout.rule is None:
             raise ValueError("rows without a rule are read only; RecordLayout.decode reads them")
         self.layout, self.betas, self.eps, self.momentum = layout, betas, eps, momentum
         self.rates, self.seed, self.first_row = rates, seed, tuple(first_row)
+        self._total = total
         self._nodes = nodes_for(betas) if layout.rule == "adam" else 0
         self._table, self._filled = torch.empty(0, 0), 0
         self._growing = Lock()
@@ -122,7 +125,7 @@ class RowOptimizer:
             update = torch.empty_like(gradients)
             kernels.average(*given, step, table, self.momentum, start, update)
             beyond = torch.stack([ids >= first for first in (*self.first_row, torch.iinfo(ids.dtype).max)], 1)
-            change = balance(update, beyond[:, :-1].to(update) - beyond[:, 1:].to(update))
+            change = balance(update, beyond[:, :-1].to(update) - beyond[:, 1:].to(update), self._total)
             kernels.move(layout, records, ids, change, -STEP_SIZE * self.rates(step), start)
 
     def fresh(self, weights: Tensor, out: Tensor) -> None:

@@ -22,6 +22,7 @@ Shapes: R rows, U row width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,7 +33,9 @@ IDLE = 1e-3  # tau: share of the mean row norm up to which a row is left where i
 STEP_SIZE = 0.18  # gamma: brings a row's step to the size Adam's usually has; 0.2 in our Muon
 
 
-def balance(update: Tensor, members: Tensor | None = None) -> Tensor:
+def balance(
+    update: Tensor, members: Tensor | None = None, total: Callable[[Tensor], Tensor] = lambda part: part
+) -> Tensor:
     """Scale rows and columns of `update` [R, U] until each has root mean square 1, about, idle rows aside.
 
     Active rows have it exactly, columns (over the active rows) nearly. Idle rows, and columns without any
@@ -42,19 +45,21 @@ def balance(update: Tensor, members: Tensor | None = None) -> Tensor:
 
     `members` [R, M], ones and zeros, is for rows picked from M tables: it says which one each row is from.
     Tables are balanced apart, and rows of zeros leave the mean norm, which decides who is idle, as it is.
+    Where each rank has some of these rows, `total` adds up their sums over rows, a few small ones.
     """
     update = update.to(torch.promote_types(update.dtype, torch.float32))
     norms = torch.linalg.vector_norm(update, dim=1)
     if members is None:
         members, mean = update.new_ones(len(update), 1), norms.mean()
     else:
-        mean = members @ ((norms @ members) / ((norms > 0).to(norms) @ members).clamp(min=1))
+        sums, counts = total(norms @ members), total((norms > 0).to(norms) @ members)
+        mean = members @ (sums / counts.clamp(min=1))
     scale = norms.reciprocal().masked_fill(norms <= IDLE * mean, 0.0)  # the first normalisation
     squares = (update * scale.unsqueeze(1)).square_()
     rows, columns = members, update.new_ones(update.shape[1], members.shape[1])  # scales, squared
     smallest = torch.finfo(update.dtype).tiny
     for _ in range(NORMALISATIONS // 2):
-        columns = (squares.mT @ rows).clamp(min=smallest).reciprocal()
+        columns = total(squares.mT @ rows).clamp(min=smallest).reciprocal()
         rows = (squares @ columns).clamp(min=smallest).reciprocal() * members
     del squares  # as large as the table
     balanced = rows.sqrt() @ (columns.sqrt() * math.sqrt(update.shape[1])).mT
