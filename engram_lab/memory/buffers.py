@@ -11,17 +11,18 @@ import threading
 import torch
 from torch import Tensor
 
-SMALLEST = 1024  # records; below, sizes are not worth telling apart
+SMALLEST = 1024  # below, sizes are not worth telling apart
+ALIGNMENT = 16
 
 
-def capacity(records: int) -> int:
-    """Return `records` rounded up by less than an eighth, so that buffers of a few sizes serve all steps."""
-    step = max(SMALLEST, 1 << max(0, records.bit_length() - 4))
-    return -(-records // step) * step
+def capacity(size: int) -> int:
+    """Return `size` rounded up by less than an eighth, so that buffers of a few sizes serve all steps."""
+    step = max(SMALLEST, 1 << max(0, size.bit_length() - 4))
+    return -(-size // step) * step
 
 
 class Slot:
-    """Room for the records of one step.
+    """Room for the records of one step, and for numbers that travel with them.
 
     Attributes:
         host: uint8 [capacity, record_bytes] where the store's threads read and write.
@@ -33,8 +34,10 @@ class Slot:
         self.records = self.host
         self._streams = streams
         if streams is not None:
-            self.records = torch.empty((size, record_bytes), dtype=torch.uint8, device=device)
+            with torch.cuda.stream(streams.up):  # memory that other streams may still use is not taken
+                self.records = torch.empty((size, record_bytes), dtype=torch.uint8, device=device)
             self._uploaded, self._downloaded, self._unused = (torch.cuda.Event() for _ in range(3))
+            self._parcel = self._unpacked = torch.empty(0, dtype=torch.uint8)
 
     def reclaim(self) -> None:
         """Wait, on a background thread, until the last upload has left `host`."""
@@ -42,23 +45,36 @@ class Slot:
             self._uploaded.synchronize()
 
     def upload(self, n: int, *others: Tensor) -> list[Tensor]:
-        """Begin to copy the first `n` records, and `others`, to the device; returns the latter there."""
+        """Begin to copy the first `n` records, and `others`, to the device; returns the latter there.
+
+        What is returned lives as long as the slot is not taken again. All others travel as one parcel: every
+        call to CUDA holds up the thread that computes.
+        """
         if self._streams is None:
             return list(others)
+        self.retire()
+        sizes = [-(-other.nbytes // ALIGNMENT) * ALIGNMENT for other in others]
+        if sum(sizes) > len(self._parcel):
+            room = capacity(sum(sizes))
+            self._parcel = torch.empty(room, dtype=torch.uint8, pin_memory=True)
+            with torch.cuda.stream(self._streams.up):
+                self._unpacked = torch.empty(room, dtype=torch.uint8, device=self.records.device)
+        start, moved = 0, []
+        for other, size in zip(others, sizes, strict=True):
+            here, there = (p[start : start + other.nbytes] for p in (self._parcel, self._unpacked))
+            here.view(other.dtype).copy_(other.reshape(-1))
+            moved.append(there.view(other.dtype).view(other.shape))
+            start += size
         with torch.cuda.stream(self._streams.up):
-            self._streams.up.wait_event(self._unused)
             self.records[:n].copy_(self.host[:n], non_blocking=True)
-            moved = [t.pin_memory().to(self.records.device, non_blocking=True) for t in others]
+            self._unpacked[:start].copy_(self._parcel[:start], non_blocking=True)
             self._uploaded.record()
         return moved
 
-    def arrive(self, *moved: Tensor) -> None:
-        """Let the step's stream wait for the upload, and keep what was `moved` until it is done with it."""
+    def arrive(self) -> None:
+        """Let the step's stream wait for the upload."""
         if self._streams is not None:
-            stream = torch.cuda.current_stream(self.records.device)
-            stream.wait_event(self._uploaded)
-            for tensor in moved:
-                tensor.record_stream(stream)
+            torch.cuda.current_stream(self.records.device).wait_event(self._uploaded)
 
     def download(self, n: int) -> None:
         """Begin to copy the first `n` records back, behind what the step's stream does to them."""
@@ -74,9 +90,14 @@ class Slot:
             self._downloaded.synchronize()
 
     def release(self) -> None:
-        """Note that the step's stream needs the records no more after what it was given so far."""
+        """Note that the step's stream needs the slot no more after what it was given so far."""
         if self._streams is not None:
             self._unused.record(torch.cuda.current_stream(self.records.device))
+
+    def retire(self) -> None:
+        """Let uploads, and so whatever takes the slot's memory next, wait until the step is done with it."""
+        if self._streams is not None:
+            self._streams.up.wait_event(self._unused)
 
 
 class Streams:
@@ -103,7 +124,7 @@ class Buffers:
             if fitting:
                 self._free.remove(fitting[0])
             elif len(self._free) > 2:
-                self._free.pop(0)  # sizes have moved on
+                self._free.pop(0).retire()  # sizes have moved on
         slot = fitting[0] if fitting else Slot(wanted, self.record_bytes, self.device, self._streams)
         slot.reclaim()
         return slot

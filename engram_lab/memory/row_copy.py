@@ -24,6 +24,7 @@ from torch import Tensor
 
 AHEAD = 16  # rows between a prefetch and its use; 8 to 32 are alike
 LINE = 64
+MOST_THREADS = 8
 GRAIN = 2048  # rows that are worth waking a thread for (some 20 microseconds)
 
 
@@ -87,11 +88,12 @@ class Workers:
     """Threads that share out a range of work.
 
     Args:
-        threads: how many; None takes one per processor that this process may use.
+        threads: how many; None takes one per processor that this process may use, but at most 8: beside a
+            training step, more wait for the interpreter longer than they copy.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="rows")
 
     def share(self, n: int, work: Callable[[int, int], object], grain: int = GRAIN) -> None:

@@ -8,6 +8,7 @@ Shapes: n records moved, S bytes of one record.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -127,7 +128,7 @@ def fill(
             stop.set()
             raise
 
-    workers = Workers(threads)
+    workers = Workers(threads or len(os.sched_getaffinity(0)))
     try:
         workers.share(len(chunks), part, grain=1)
     finally:
