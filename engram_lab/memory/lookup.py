@@ -28,9 +28,9 @@ try:
 except ImportError:  # triton comes with torch's builds for CUDA only
     gather_triton = None  # type: ignore[assignment]
 
-FEW_ROWS = 8192
-"""Up to so many rows a kernel reads them over the bus (27 million rows/s); above, 16 threads gather (50 to
-100 million, after about 0.2 ms of hand-over). `benchmarks/serving.py` measures where the two cross."""
+FEW_ROWS = 32_768
+"""Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
+two cross between 16,384 and 65,536 rows (benchmarks/results/serving.md)."""
 SLOTS = 3
 """Pinned buffers of a table: gathers that may be under way at once."""
 
