@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from engram_lab.memory.resident import Table
 from engram_lab.model.transformer import Block, Transformer
@@ -32,22 +33,22 @@ def recorded(module: nn.Module, store: list[tuple[Any, Any]]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def memory_health(
-    network: Transformer, ids: Tensor, addresses: Tensor, readings: Tensor | None = None
-) -> dict[str, float]:
+def memory_health(network: Transformer, ids: Tensor, addresses: Tensor) -> dict[str, float]:
     """Health numbers of every memory over one batch.
 
     Args:
         network: put into evaluation mode by the caller, so that no router counts change.
         ids: tokens [B, T].
         addresses: row numbers [M, B, T, H].
-        readings: what was read there, [M, B, T, H * U]; None asks the tables.
 
     Returns:
         For each block with a memory, under `memory/layer<block>/`: mean and quantiles of the gate (absent
         where the gate is switched off), `contribution_ratio` (RMS of what the memory adds over RMS of the
         residual stream it is added to) and `row_norm` (mean L2 norm of the rows that were read).
+        Nothing where parameters are sharded over processes, which are whole only inside a step.
     """
+    if any(isinstance(p, DTensor) for p in network.parameters()):
+        return {}
     assert network.config.engram is not None
     layers = network.config.engram.layers
     added: dict[int, list[tuple[Any, Any]]] = {layer: [] for layer in layers}
@@ -60,18 +61,15 @@ def memory_health(
             stack.enter_context(recorded(engram, added[layer]))
             if engram.gate is not None:
                 stack.enter_context(recorded(engram.gate, gates[layer]))
-        network.hidden(ids, addresses, readings=readings)
+        network.hidden(ids, addresses)
     numbers: dict[str, float] = {}
     for index, layer in enumerate(layers):
         name = f"memory/layer{layer}"
         (inputs, output) = added[layer][0]
         numbers[f"{name}/contribution_ratio"] = (_rms(output) / _rms(inputs[0])).item()
         if network.config.engram.n_heads:  # rivals that hash nothing read no rows
-            if readings is None:
-                reading = cast(Table, network.tables[index]).begin(addresses[index])()
-            else:
-                reading = readings[index]
-            rows = reading.unflatten(-1, (network.config.engram.n_heads, -1))
+            table = cast(Table, network.tables[index])
+            rows = table.begin(addresses[index])().unflatten(-1, (network.config.engram.n_heads, -1))
             numbers[f"{name}/row_norm"] = rows.float().norm(dim=-1).mean().item()
         for _, alpha in gates[layer]:
             values = alpha.float().flatten()

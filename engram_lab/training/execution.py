@@ -1,4 +1,4 @@
-"""How a step is carried out, which changes its speed and its memory but not what it computes."""
+"""How a step is carried out and over which devices: its speed and memory change, not what it computes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
+from engram_lab.errors import UserError
 from engram_lab.model.transformer import Block, Transformer
 
 
@@ -31,7 +36,8 @@ def prepare(network: Transformer, config: ExecutionConfig, device: torch.device,
     Blocks are compiled one by one: they share their code, so that two compilations serve a network of any
     depth, and tables, whose size differs from cell to cell, stay outside. `graphs` replays the kernels of
     attention and feed-forward as CUDA graphs, which spares the host their launches; gradients then live in
-    memory that the next step writes again, so that they cannot be accumulated over micro-batches.
+    memory that the next step writes again, so that they cannot be accumulated over micro-batches. Blocks
+    that are computed again in the backward pass are launched from the host.
     """
     network.recomputes = config.activation_checkpointing
     wanted = device.type == "cuda" if config.compile is None else config.compile
@@ -39,9 +45,42 @@ def prepare(network: Transformer, config: ExecutionConfig, device: torch.device,
         return
     # One variant a block kind, for training and for evaluation each.
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    options: dict[str, str | int | bool | Callable[..., Any]] = {"triton.cudagraphs": graphs}
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        "triton.cudagraphs": graphs and not network.recomputes
+    }
     for block in network.blocks:
         assert isinstance(block, Block)
         block.compute = torch.compile(block.compute, dynamic=False, options=options)  # type: ignore[method-assign]
         if block.engram is not None:
             block.recall = torch.compile(block.recall, dynamic=False)  # type: ignore[method-assign]
+
+
+def shard(network: Transformer, mesh: DeviceMesh) -> None:
+    """Spread parameters, gradients and optimizer state over the processes of `mesh` (FSDP2), once.
+
+    Each block gathers its own parameters while it computes; embedding, head and tables gather together.
+
+    Raises:
+        UserError: `mesh`, with the dimensions that Lightning's ModelParallelStrategy names, splits tensors.
+    """
+    if mesh["tensor_parallel"].size() > 1:
+        raise UserError(
+            f"trainer.strategy splits tensors over {mesh['tensor_parallel'].size()} devices, Lightning's "
+            f"default; set its init_args to data_parallel_size {mesh.size()} and tensor_parallel_size 1."
+        )
+    if any(isinstance(p, DTensor) for p in network.parameters()):
+        return
+    for block in network.blocks:
+        fully_shard(block, mesh=mesh["data_parallel"])
+    fully_shard(network, mesh=mesh["data_parallel"])
+    register_fsdp_forward_method(network, "loss")
+
+
+@torch.no_grad()
+def gather(network: Transformer) -> None:
+    """Give every process the whole of all parameters again, after training; all must call it."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                whole = nn.Parameter(parameter.full_tensor(), requires_grad=parameter.requires_grad)
+                module.register_parameter(name, whole)

@@ -31,6 +31,7 @@ from engram_lab.training.callbacks import (
     StopRequest,
 )
 from engram_lab.training.data import EngramDataModule
+from engram_lab.training.execution import gather
 from engram_lab.training.module import EngramModule
 from engram_lab.training.rows import TableRows
 from engram_lab.training.trainer import build_trainer
@@ -180,6 +181,7 @@ def fit(
                 seconds = before + time.perf_counter() - started
                 if trainer.is_global_zero:
                     write_atomically(directory / "seconds", f"{seconds:.3f}\n")
+        gather(module.net)
         assert module.evaluated is not None
         numbers = module.evaluated[1]
         result = RunResult(

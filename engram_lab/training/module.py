@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
-from engram_lab.training.execution import ExecutionConfig, prepare
+from engram_lab.training.execution import ExecutionConfig, prepare, shard
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer, lr_multiplier
 
 if TYPE_CHECKING:
@@ -86,6 +87,11 @@ class EngramModule(LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, multiplier)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_model(self) -> None:
+        """Shard the parameters where the strategy has a mesh of processes (ModelParallelStrategy)."""
+        if self.device_mesh is not None:
+            shard(self.net, self.device_mesh)
+
     def on_fit_start(self) -> None:
         """Compile, on the device that the network has been moved to."""
         alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
@@ -108,7 +114,8 @@ class EngramModule(LightningModule):
         """Clip the norm over all parameters, tables included, and keep it for the log."""
         limit = self.optimizer_config.gradient_clip or math.inf
         if self.rows is None:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
+            self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             return
         pipeline = self.rows.pipeline
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]

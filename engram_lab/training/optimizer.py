@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
@@ -246,6 +247,11 @@ def build_optimizer(
     table_rule = "adamw" if config.table_optimizer == "adam" else config.table_optimizer
     rules = {"matrices": config.matrix_optimizer, "vectors": "adamw", "tables": table_rule}
     if rules["matrices"] == "muon":
+        if any(isinstance(parameter, DTensor) for _, parameter in members["matrices"]):
+            raise UserError(
+                "optimizer.matrix_optimizer is 'muon', which needs whole matrices, but the strategy shards "
+                "them; it must be 'adamw' here, or the strategy 'ddp'."
+            )
         for name, parameter in members["matrices"]:
             if parameter.ndim not in (2, 3):
                 shape = tuple(parameter.shape)

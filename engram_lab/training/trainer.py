@@ -111,5 +111,10 @@ def build_trainer(
             k: settings[k] for k in ("accelerator", "devices", "strategy", "num_nodes") if settings.get(k)
         }
         raise UserError(f"the trainer cannot be set up with {asked}: {str(error).splitlines()[0]}") from error
+    if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        raise UserError(
+            "trainer.strategy would write every checkpoint as a folder of shards; set its "
+            "init_args.save_distributed_checkpoint to false."
+        )
     refuse_lone_processes(trainer.world_size)
     return trainer

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file
 
 from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe, resolve
@@ -215,6 +217,40 @@ def test_two_cpu_processes_train_what_one_does(tiny: dict[str, Any], tmp_path: P
     assert together.loss == pytest.approx(alone.loss, rel=1e-4)
     both, one = curves(recipe, "train/loss"), curves(moved(recipe, tmp_path / "alone"), "train/loss")
     assert both == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_cpu_processes_with_sharded_parameters_train_what_one_does(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where they compute every block twice."""
+    recipe = Recipe.from_dict(tiny)
+    alone = train(moved(recipe, tmp_path / "alone"), progress_bar=False)
+    strategy = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {
+            "data_parallel_size": 2,
+            "tensor_parallel_size": 1,
+            "save_distributed_checkpoint": False,
+        },
+    }
+    tiny["trainer"] = {**tiny["trainer"], "devices": 2, "strategy": strategy}
+    tiny["execution"] = {"activation_checkpointing": True}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tiny))
+    process = start(file)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
+    together = read_result(run_directory(recipe, alone.identity))
+    assert together is not None
+    assert together.loss == pytest.approx(alone.loss, rel=1e-4)
+    both, one = curves(recipe, "train/loss"), curves(moved(recipe, tmp_path / "alone"), "train/loss")
+    assert both == pytest.approx(one, rel=1e-3)
+    weights = [load_file(run_directory(r, alone.identity) / "model" / "model.safetensors")
+               for r in (recipe, moved(recipe, tmp_path / "alone"))]  # fmt: skip
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(recipe: Recipe, tmp_path: Path) -> None:
