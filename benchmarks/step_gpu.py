@@ -321,7 +321,7 @@ def main() -> None:
         return
 
     options.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"torch": torch.__version__, "command": " ".join(sys.argv)}
+    results: dict[str, Any] = {"torch": torch.__version__, "command": "python benchmarks/step_gpu.py"}
     results["machine"] = torch.cuda.get_device_name() if device == "cuda" else "rehearsal on a CPU"
 
     def keep(name: str, value: Any) -> None:
