@@ -15,20 +15,29 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engram_lab.memory.buffers import Buffers, Slot
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.plan import Plan, deduplicate, overlap
-from engram_lab.memory.resident import RowStorage, round_rows
+from engram_lab.memory.ledger import Ledger
+from engram_lab.memory.plan import Plan, deduplicate
+from engram_lab.memory.resident import RowStorage
 from engram_lab.memory.row_copy import Workers
 from engram_lab.memory.row_optimizer import RowOptimizer
+from engram_lab.memory.service import (
+    Economy,
+    Value,
+    as_one_batch,
+    current_weights,
+    evaluated_reading,
+    trained_reading,
+)
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.memory.touched import TouchedRows
 
@@ -66,33 +75,8 @@ class Gathered:
         return self.slot.records[: len(self.ids)]
 
 
-@dataclass
-class Economy:
-    """What the rows' travel cost; sums over the steps since the last look.
-
-    Attributes:
-        steps: steps trained.
-        unique: unique rows.
-        reads: rows read, repetitions counted.
-        repeated: unique rows that the step before had too.
-        bytes_moved: bytes gathered from the store and written back to it.
-        waited: seconds the step waited for rows to arrive, or for updates to land.
-    """
-
-    steps: int = 0
-    unique: int = 0
-    reads: int = 0
-    repeated: int = 0
-    bytes_moved: int = 0
-    waited: float = 0.0
-
-
 class RowPipeline:
-    """Serve the rows of coming steps from a store, and take their updates back.
-
-    Calls come from one thread. For each step in order: `announce`, as many steps ahead as is wanted; `begin`;
-    `reading` of each micro-batch; and after the backward passes `gradients` and `commit`. What fails in a
-    background thread is raised by the next call.
+    """Serve the rows of coming steps from a store, and take their updates back: a `RowService` of one rank.
 
     Args:
         store: where the rows live; a `DeviceStore` is read and written in place, nothing is gathered ahead.
@@ -126,15 +110,13 @@ class RowPipeline:
         self._buffers = Buffers(layout.record_bytes, device)
         self._gathering = ThreadPoolExecutor(1, thread_name_prefix="gather")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._planners = Workers(threads)
+        self._planners, self._ledger = Workers(threads), Ledger(store.rows)
         self._announced: dict[int, Future[Gathered]] = {}
         self._open: Gathered | None = None
         # Shared with the background threads:
         self._changed = threading.Condition()
-        self._plans: dict[int, Plan] = {}  # of steps whose update has not landed
         self._gathered_at: dict[int, int] = {}  # for each gathered step, `landed` at its gather
         self._updated: dict[int, Gathered] = {}  # trained steps that others may have to be patched from
-        self._previous: Plan | None = None
         self._failure: BaseException | None = None
 
     def announce(self, step: int, addresses: Sequence[Tensor]) -> None:
@@ -147,9 +129,7 @@ class RowPipeline:
         gathered = self._announced.pop(step).result()
         self._economy.waited += time.perf_counter() - started
         self._raise_failure()
-        gathered.slot.arrive(
-            gathered.ids, gathered.positions, *(t for s in gathered.stale.values() for t in s)
-        )
+        gathered.slot.arrive()
         if self._in_place:
             self.store.read(gathered.ids, gathered.records)
         for earlier in sorted(gathered.stale):
@@ -159,20 +139,23 @@ class RowPipeline:
         with self._changed:
             del self._gathered_at[step]
         self._release()
-        gathered.rows = self._weights(gathered.records, step - 1).requires_grad_(self.optimizer is not None)
+        rows = current_weights(self.layout, self.optimizer, gathered.records, step - 1)
+        gathered.rows = rows.requires_grad_(self.optimizer is not None)
         self._open = gathered
 
     def reading(self, micro_batch: int) -> Tensor:
         """Return what each memory reads in a micro-batch of the open step, [M, B, T, H * U]."""
         rows, positions = self._opened()
-        if self.storage != "float32":
-            rows = rows + (round_rows(rows.detach(), self.storage) - rows).detach()
-        return F.embedding(positions[micro_batch].permute(0, 2, 3, 1), rows).flatten(-2)
+        return trained_reading(rows, positions[micro_batch], self.storage)
 
     def gradients(self) -> Tensor:
-        """Return the gradient [n, U] of the open step's rows, to be counted in the clip norm."""
+        """Return the gradient [n, U] of the open step's rows."""
         rows, _ = self._opened()
         return torch.zeros_like(rows) if rows.grad is None else rows.grad
+
+    def gradient_norm(self) -> Tensor:
+        """Return the norm of the gradient of the open step's rows, to be counted in clipping."""
+        return self.gradients().norm()
 
     def commit(self, scale: Tensor | float = 1.0) -> None:
         """Update the rows of the open step with `scale` times their gradient, and send them back."""
@@ -183,7 +166,8 @@ class RowPipeline:
             self.optimizer.update(gathered.records, gathered.ids, self.gradients(), gathered.step, scale)
         gathered.rows = self._open = None
         self.committed = gathered.step
-        self._count(gathered)
+        moved = 0 if self._in_place else 2 * len(gathered.ids) * self.layout.record_bytes
+        self._economy.count(len(gathered.ids), gathered.plan.reads, gathered.repeated, moved)
         if self._in_place or self.optimizer is None:
             if self.optimizer is not None:
                 self.store.write(gathered.ids, gathered.records)
@@ -204,8 +188,7 @@ class RowPipeline:
         For evaluation: it waits for all updates, and changes nothing.
         """
         self.flush()
-        flat = addresses.detach().cpu().reshape(1, 1, -1, addresses.shape[-1])
-        plan = deduplicate([flat], self.first_row[memory : memory + 1], self._planners)
+        plan = deduplicate([as_one_batch(addresses)], self.first_row[memory : memory + 1], self._planners)
         records = torch.empty((len(plan.ids), self.layout.record_bytes), dtype=torch.uint8)
         if self._in_place:
             records = records.to(self.device)
@@ -213,18 +196,26 @@ class RowPipeline:
         else:
             self._gathering.submit(self.store.read, plan.ids, records).result()
         rows = self.weights(records.to(self.device))
-        if self.storage != "float32":
-            rows = round_rows(rows, self.storage)
-        positions = plan.positions.view(addresses.shape[-1], -1).to(self.device)
-        return F.embedding(positions.mT, rows).view(*addresses.shape[:-1], -1)
+        positions = plan.positions.to(self.device)
+        return evaluated_reading(rows, positions, addresses, self.storage)
 
     def weights(self, records: Tensor) -> Tensor:
         """Return the float32 weights [n, U] of `records` (uint8 [n, record_bytes]) as of the last commit."""
-        return self._weights(records, self.committed)
+        return current_weights(self.layout, self.optimizer, records, self.committed)
 
     def flush(self) -> None:
         """Wait until every update is in the store."""
         self._wait(lambda: self.landed == self.committed)
+
+    def of_all_ranks(self, value: Value) -> list[Value]:
+        """Return `value`, given by the only rank."""
+        return [value]
+
+    @contextmanager
+    def whole(self) -> Iterator[RowStore]:
+        """Give the store, from which all rows can be read."""
+        self.flush()
+        yield self.store
 
     def close(self) -> None:
         """End the threads, letting updates under way land, and close the store."""
@@ -243,19 +234,13 @@ class RowPipeline:
         n = len(plan.ids)
         with self._changed:
             # Noted before the first row is read: an update that lands meanwhile is patched all the same.
-            self._gathered_at[step] = self.landed
-            changed = not self._in_place and self.optimizer is not None
-            earlier = {s: self._plans[s] for s in range(self.landed + 1, step)} if changed else {}
-            self._plans[step] = plan
+            self._gathered_at[step] = landed = self.landed
         slot = self._buffers.take(n)
         if not self._in_place:
             self.store.read(plan.ids, slot.host[:n])
-        stale = {s: overlap(other, plan, self._planners) for s, other in earlier.items()}
-        before, self._previous = self._previous, plan
-        repeated = 0
-        if before is not None:
-            repeated = len((stale.get(step - 1) or overlap(before, plan, self._planners))[0])
-        places = [place for pair in stale.values() for place in pair]
+        changing = not self._in_place and self.optimizer is not None
+        returning = self._ledger.enter(step, plan.ids, landed if changing else step - 1, self._planners)
+        places = [place for pair in returning.stale.values() for place in pair]
         moved = slot.upload(0 if self._in_place else n, plan.ids, plan.positions, *places)
         pairs = zip(moved[2::2], moved[3::2], strict=True)
         return Gathered(
@@ -264,8 +249,8 @@ class RowPipeline:
             slot=slot,
             ids=moved[0],
             positions=moved[1],
-            stale=dict(zip(stale, pairs, strict=True)),
-            repeated=repeated,
+            stale=dict(zip(returning.stale, pairs, strict=True)),
+            repeated=returning.repeated,
         )
 
     def _land(self, gathered: Gathered) -> None:
@@ -283,7 +268,6 @@ class RowPipeline:
         self.touched.mark(gathered.plan.ids)
         with self._changed:
             self.landed = gathered.step
-            self._plans.pop(gathered.step, None)
             self._changed.notify_all()
 
     def _opened(self) -> tuple[Tensor, Tensor]:
@@ -292,12 +276,6 @@ class RowPipeline:
         assert self._open.rows is not None
         return self._open.rows, self._open.positions
 
-    def _weights(self, records: Tensor, step: int) -> Tensor:
-        """Return the float32 weights [n, U] of `records` as they are after `step` steps."""
-        if self.optimizer is None:
-            return self.layout.decode(records)
-        return self.optimizer.weights(records, step)
-
     def _release(self) -> None:
         """Give back the buffers of updates that landed before every gather that is still to be used."""
         with self._changed:
@@ -305,14 +283,6 @@ class RowPipeline:
             done = [self._updated.pop(step) for step in [*self._updated] if step <= safe]
         for gathered in done:
             self._buffers.give(gathered.slot)
-
-    def _count(self, gathered: Gathered) -> None:
-        e, n = self._economy, len(gathered.plan.ids)
-        e.steps += 1
-        e.unique += n
-        e.reads += gathered.plan.reads
-        e.repeated += gathered.repeated
-        e.bytes_moved += 0 if self._in_place else 2 * n * self.layout.record_bytes
 
     def _wait(self, reached: Callable[[], bool]) -> None:
         with self._changed:

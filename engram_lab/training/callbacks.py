@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from engram_lab.analysis.health import memory_health
 from engram_lab.tracking.logger import BufferedMLFlowLogger
+from engram_lab.training.data import never_empty
 from engram_lab.training.module import EngramModule
 
 
@@ -134,17 +135,24 @@ class MemoryHealth(Callback):
             self._batch = batch
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Run the network once more over that batch with its gates observed."""
+        """Run the network once more over that batch with its gates observed.
+
+        On all ranks, whichever logs: rows that are spread over ranks are read by all of them together, and
+        one that did so alone would wait for ever.
+        """
         assert isinstance(pl_module, EngramModule)
-        if self._batch is None or not len(pl_module.net.tables) or trainer.logger is None:
+        batch, self._batch = self._batch, None
+        alone = trainer.world_size == 1
+        if batch is None or not len(pl_module.net.tables) or (alone and trainer.logger is None):
             return
-        numbers = memory_health(pl_module.net, self._batch["ids"], self._batch["addresses"])
+        batch = never_empty(batch)
+        numbers = memory_health(pl_module.net, batch["ids"], batch["addresses"])
         for index, layer in enumerate(pl_module.net.config.engram.layers):  # type: ignore[union-attr]
             populated = pl_module.populated_rows(index)
             if populated is not None:
                 numbers[f"memory/layer{layer}/populated_rows"] = populated
-        trainer.logger.log_metrics(numbers, step=trainer.global_step)
-        self._batch = None
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(numbers, step=trainer.global_step)
 
 
 class StopRequest:

@@ -127,6 +127,19 @@ class Windows(Dataset[Batch]):
         return item
 
 
+def never_empty(batch: Batch) -> Batch:
+    """Return `batch`, or one window of zeros for a rank to which a small batch left none.
+
+    What ranks do together, such as reading rows that are spread over them, takes every one of them.
+    """
+    if len(batch["ids"]):
+        return batch
+    shapes = {name: [*values.shape] for name, values in batch.items()}
+    for shape in shapes.values():
+        shape[shape.index(0)] = 1
+    return {name: values.new_zeros(shapes[name]) for name, values in batch.items()}
+
+
 class FromBatch(Sampler[int]):
     """Batch numbers from `first` on; its length is that of the whole run, as Lightning counts."""
 

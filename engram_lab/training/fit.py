@@ -33,7 +33,7 @@ from engram_lab.training.callbacks import (
 from engram_lab.training.data import EngramDataModule
 from engram_lab.training.execution import gather
 from engram_lab.training.module import EngramModule
-from engram_lab.training.rows import TableRows
+from engram_lab.training.rows import TableRows, record_layout
 from engram_lab.training.trainer import build_trainer
 
 
@@ -68,19 +68,17 @@ def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
     """
     recipe = run.recipe
     EngramDataModule(recipe.data, corpus, None, seed=recipe.seed)
-    needed, present = (
-        4 * count(run.network).everything,
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-    )
-    if needed > present:
-        raise UserError(
-            f"the network has {needed // 4:,} parameters, {needed / 2**30:,.0f} GiB, "
-            f"{run.allocation.slots:,} rows of memory among them, and this machine has "
-            f"{present / 2**30:,.0f} GiB; lower model.engram.rows_per_head or model.ffn.experts."
-        )
+    _require_memory(run)
     with _quiet():
         trainer = build_trainer(
             recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=False
+        )
+    if trainer.world_size > 1 and moves_records(run) and recipe.memory.tier != "sharded":
+        unique = recipe.memory.unique_rows
+        asked = "memory.unique_rows is true" if unique else f"memory.tier is {recipe.memory.tier}"
+        raise UserError(
+            f"{asked}, whose rows one process trains, but there are to be {trainer.world_size}; set "
+            "memory.tier to sharded, or trainer.devices to 1."
         )
     micro_batches = trainer.world_size * trainer.accumulate_grad_batches
     if recipe.data.batch_size % micro_batches:
@@ -205,6 +203,8 @@ def fit(
                 file.unlink()
             if rows is not None:
                 rows.discard()
+        elif rows is not None:
+            rows.export(directory / "model")  # hands this rank's rows to the first one's `save`
         return result
 
 
@@ -214,11 +214,32 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return max(files, key=lambda f: int(f.stem.split("=")[1]), default=None)
 
 
+def _require_memory(run: ResolvedRun) -> None:
+    parameters, slots = count(run.network).everything, run.allocation.slots
+    needed, elsewhere = 4 * parameters, ""
+    if moves_records(run):
+        engram, memory = run.network.engram, run.recipe.memory
+        assert engram is not None
+        record = record_layout(memory, engram, run.recipe.optimizer).record_bytes
+        needed -= 4 * slots * engram.row_dim
+        if memory.tier != "disk":
+            needed += slots * record
+            elsewhere = ", or set memory.tier to disk"
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise UserError(
+            f"the network has {parameters:,} parameters, {slots:,} rows of memory among them, which take "
+            f"{needed / 2**30:,.0f} GiB, and this machine has {present / 2**30:,.0f} GiB; lower "
+            f"model.engram.rows_per_head or model.ffn.experts{elsewhere}."
+        )
+
+
 def _table_rows(run: ResolvedRun, directory: Path, log_every: int) -> TableRows | None:
     """The run's rows, where they move as records."""
-    recipe, engram = run.recipe, run.network.engram
-    if engram is None or not engram.n_heads or not recipe.memory.by_record:
+    if not moves_records(run):
         return None
+    recipe, engram = run.recipe, run.network.engram
+    assert engram is not None
     return TableRows(
         recipe.memory,
         engram,
@@ -229,6 +250,17 @@ def _table_rows(run: ResolvedRun, directory: Path, log_every: int) -> TableRows 
         identity=run.identity,
         every=log_every,
     )
+
+
+def moves_records(run: ResolvedRun) -> bool:
+    """Whether the run has table rows that move as records."""
+    engram = run.network.engram
+    if engram is not None and engram.module == "product_key" and run.recipe.memory.by_record:
+        raise UserError(
+            f"memory.tier is {run.recipe.memory.tier}, but model.engram.module product_key finds its rows by "
+            "content, which only a resident table can; leave the section memory out."
+        )
+    return engram is not None and engram.n_heads > 0 and run.recipe.memory.by_record
 
 
 def _seconds_so_far(directory: Path) -> float:

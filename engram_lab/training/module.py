@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
+from engram_lab.training.data import never_empty
 from engram_lab.training.execution import ExecutionConfig, prepare, shard
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer, lr_multiplier
 
@@ -119,7 +120,7 @@ class EngramModule(LightningModule):
             return
         pipeline = self.rows.pipeline
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        norms = torch.stack([torch.nn.utils.get_total_norm(gradients), pipeline.gradients().norm()])
+        norms = torch.stack([torch.nn.utils.get_total_norm(gradients), pipeline.gradient_norm()])
         self.gradient_norm = norms.norm()
         torch.nn.utils.clip_grads_with_norm_(self.net.parameters(), limit, self.gradient_norm)
         self.row_scale = torch.clamp(limit / (self.gradient_norm + 1e-6), max=1.0)
@@ -135,7 +136,7 @@ class EngramModule(LightningModule):
         self.net.update_router_bias()
 
     def populated_rows(self, memory: int) -> float | None:
-        """Share of a memory's rows that training has read; None where it has none."""
+        """Share of a memory's rows that training has read; None where it has none. Called by all ranks."""
         if self.rows is not None:
             return self.rows.populated(memory)
         touched = self.get_buffer(f"touched_{memory}")
@@ -151,8 +152,9 @@ class EngramModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the mean cross-entropy of a batch to the evaluation, weighted by its tokens."""
         torch.compiler.cudagraph_mark_step_begin()
+        tokens, batch = batch["ids"].numel(), never_empty(batch)
         loss = self.net.loss(batch["ids"], batch["targets"], batch.get("addresses"))
-        self.val_loss.update(loss, batch["ids"].numel())
+        self.val_loss.update(loss, tokens)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss in nats a token, the perplexity and the bits a byte of validation text, by step."""

@@ -24,9 +24,13 @@ from engram_lab.memory.export import export_rows
 from engram_lab.memory.far import FarTable
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.peers import Peers, total
 from engram_lab.memory.pipeline import RowPipeline
 from engram_lab.memory.row_checkpoint import Manifest, RowCheckpoints
 from engram_lab.memory.row_optimizer import RowOptimizer
+from engram_lab.memory.service import RowService
+from engram_lab.memory.shard import Shard
+from engram_lab.memory.sharded import ShardedPipeline
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.model.checkpoint import table_sizes
 from engram_lab.model.engram import EngramConfig
@@ -36,6 +40,16 @@ from engram_lab.training.optimizer import OptimizerConfig, lr_multiplier
 from engram_lab.training.sinkhorn import MOMENTUM
 
 STATE = "table_rows"
+
+
+def record_layout(config: MemoryConfig, engram: EngramConfig, optimizer: OptimizerConfig) -> RecordLayout:
+    """What belongs to a row of a run."""
+    return RecordLayout(
+        row_dim=engram.row_dim,
+        weights=config.rows,
+        rule=None if engram.frozen_table else optimizer.table_optimizer,
+        state=config.state,
+    )
 
 
 class TableRows(Callback):
@@ -68,19 +82,14 @@ class TableRows(Callback):
         self.total_steps, self.seed, self.identity, self.every = total_steps, seed, identity, every
         self.file = Path(config.directory or directory) / f"{identity}.table"
         self.first_row = [0, *itertools.accumulate(table_rows(engram))]  # and, last, the number of rows
-        self.layout = RecordLayout(
-            row_dim=engram.row_dim,
-            weights=config.rows,
-            rule=None if engram.frozen_table else optimizer.table_optimizer,
-            state=config.state,
-        )
+        self.layout = record_layout(config, engram, optimizer)
         self.tables = nn.ModuleList(FarTable(memory) for memory in range(len(engram.layers)))
         self.checkpoints = RowCheckpoints(directory / "rows", self.layout, identity)
-        self._pipeline: RowPipeline | None = None
+        self._pipeline: RowService | None = None
         self._manifests: list[Manifest] = []
 
     @property
-    def pipeline(self) -> RowPipeline:
+    def pipeline(self) -> RowService:
         """The rows' travel; there once training has started."""
         assert self._pipeline is not None
         return self._pipeline
@@ -97,8 +106,9 @@ class TableRows(Callback):
         return self.pipeline.reading(batch["micro_batch"])
 
     def populated(self, memory: int) -> float:
-        """Share of a memory's rows that training has read."""
-        return self.pipeline.touched.share(self.first_row[memory], self.first_row[memory + 1])
+        """Share of a memory's rows that training has read; called by all ranks."""
+        first, last = self.first_row[memory : memory + 2]
+        return sum(self.pipeline.of_all_ranks(self.pipeline.touched.share(first, last)))
 
     @cached_property
     def rates(self) -> Callable[[int], float]:
@@ -130,7 +140,9 @@ class TableRows(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store, bring it to where the run stands, and begin to serve it."""
         device = trainer.strategy.root_device
-        store = self._open(device)
+        # In this order: what fails on one rank then does so where the others come to know of it.
+        peers = Peers() if trainer.world_size > 1 else None
+        store = self._open(device, peers)
         optimizer = None
         if self.layout.rule is not None:
             optimizer = RowOptimizer(
@@ -141,30 +153,39 @@ class TableRows(Callback):
                 rates=self.rates,
                 seed=self.seed,
                 first_row=self.first_row[:-1],
+                total=total if peers is not None else lambda part: part,
             )
-        self._pipeline = RowPipeline(
-            store,
-            self.layout,
-            optimizer,
-            self.first_row[:-1],
-            device=device,
-            storage=self.engram.row_storage,
-            committed=max((m["step"] for m in self._manifests), default=0),
-            threads=self.config.threads,
-        )
-        self._pipeline.touched.mark(self.checkpoints.restore(self._manifests, store, self.initial))
+        options: dict[str, Any] = {
+            "device": device,
+            "storage": self.engram.row_storage,
+            "committed": max((m["step"] for m in self._manifests), default=0),
+            "threads": self.config.threads,
+        }
+        owns = None
+        if peers is not None:
+            assert isinstance(store, Shard)
+            owns = store.owns
+            self._pipeline = ShardedPipeline(
+                store, peers, self.layout, optimizer, self.first_row[:-1], **options
+            )
+        else:
+            self._pipeline = RowPipeline(store, self.layout, optimizer, self.first_row[:-1], **options)
+        touched = self.checkpoints.restore(self._manifests, store, self.initial, owns)
+        self._pipeline.touched.mark(touched)
         self._pipeline.touched.take_recent()
         for table in self.tables:
             assert isinstance(table, FarTable)
             table.connect(self._pipeline)
 
-    def _open(self, device: torch.device) -> RowStore:
+    def _open(self, device: torch.device, peers: Peers | None) -> RowStore:
         rows, size, threads = self.first_row[-1], self.layout.record_bytes, self.config.threads
-        if self.config.tier == "resident":
+        if peers is not None:
+            assert self.config.tier == "sharded", self.config.tier  # preflight allows no other
+            return Shard(rows, size, device, rank=peers.rank, ranks=peers.ranks)
+        if self.config.tier in ("resident", "sharded"):
             return DeviceStore(rows, size, device)
         if self.config.tier == "host":
             return HostStore(rows, size, threads=threads)
-        assert self.config.tier == "disk", self.config.tier
         self.file.parent.mkdir(parents=True, exist_ok=True)
         cache = self.config.cache_rows
         return DiskStore(self.file, self.layout, rows, self.identity, cache_rows=cache, threads=threads)
@@ -172,11 +193,15 @@ class TableRows(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save the rows that changed since the last checkpoint under its step."""
+        """Save the rows that changed since the last checkpoint under its step.
+
+        Every rank saves its own. The checkpoint, which the first rank writes, lists the files of all, and it
+        has that list only when all of them are on the disk.
+        """
         self.pipeline.flush()
-        recent = self.pipeline.touched.take_recent()
-        self._manifests = [self.checkpoints.save(trainer.global_step, self.pipeline.store, recent)]
-        checkpoint[STATE] = self._manifests
+        recent, rank = self.pipeline.touched.take_recent(), trainer.global_rank
+        manifest = self.checkpoints.save(trainer.global_step, self.pipeline.store, recent, rank)
+        self._manifests = checkpoint[STATE] = self.pipeline.of_all_ranks(manifest)
 
     def committed(self) -> None:
         """Delete the files of rows that the checkpoint just put in place needs no more."""
@@ -205,17 +230,21 @@ class TableRows(Callback):
         trainer.logger.log_metrics(numbers, step=step)
 
     def export(self, folder: Path) -> None:
-        """Write the trained rows to a saved network's folder, as they are read or trained."""
-        self.pipeline.flush()
+        """Write the trained rows to a saved network's folder, as they are read or trained.
+
+        Called by all ranks: the first writes, the others hand out their rows.
+        """
         read_as = self.engram.row_storage
-        export_rows(
-            self.pipeline.store,
-            folder,
-            table_sizes(self.engram),
-            self.pipeline.weights,
-            row_dim=self.engram.row_dim,
-            storage=self.config.rows if read_as == "float32" else read_as,
-        )
+        with self.pipeline.whole() as store:
+            if store is not None:
+                export_rows(
+                    store,
+                    folder,
+                    table_sizes(self.engram),
+                    self.pipeline.weights,
+                    row_dim=self.engram.row_dim,
+                    storage=self.config.rows if read_as == "float32" else read_as,
+                )
 
     def discard(self) -> None:
         """Delete what a finished run needs no more: the rows of its checkpoints, and the table's file."""

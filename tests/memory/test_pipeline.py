@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout, RowRule
+from engram_lab.memory.ledger import Ledger, Returning
 from engram_lab.memory.pipeline import LAG, RowPipeline
 from engram_lab.memory.row_optimizer import RowOptimizer
 from engram_lab.memory.stores import DeviceStore, RowStore
@@ -117,8 +118,7 @@ def test_no_stale_row_is_read_however_late_writes_land(rule: RowRule, weights: s
 def test_without_patches_the_late_writes_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = RecordLayout(row_dim=U)
     in_place = train(DeviceStore(ROWS, layout.record_bytes), layout, depth=2)
-    nothing = (torch.empty(0, dtype=torch.int64),) * 2
-    monkeypatch.setattr("engram_lab.memory.pipeline.overlap", lambda earlier, later, workers: nothing)
+    monkeypatch.setattr(Ledger, "enter", lambda *_: Returning(0, {}))
     travelled = train(Slow(ROWS, layout.record_bytes, write=0.004), layout, depth=2)
     assert travelled[0] != in_place[0]
 

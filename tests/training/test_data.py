@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engram_lab.errors import UserError
-from engram_lab.training.data import DataConfig, EngramDataModule
+from engram_lab.training.data import DataConfig, EngramDataModule, never_empty
 
 
 def corpus(train: int = 10_000, validation: int = 1_000) -> Any:
@@ -97,3 +97,16 @@ def test_a_window_longer_than_the_corpus_is_refused() -> None:
         EngramDataModule(
             DataConfig(sequence_length=2_000, batch_size=1, tokens=2_000), corpus(), None, seed=0
         )
+
+
+def test_a_rank_without_windows_computes_one_that_counts_for_nothing() -> None:
+    shapes = {"ids": (4, 5), "addresses": (2, 4, 5, 3)}
+    full = {name: torch.ones(shape) for name, shape in shapes.items()}
+    assert never_empty(full) is full
+    empty = {"ids": full["ids"][:0], "addresses": full["addresses"][:, :0]}
+    one = never_empty(empty)
+    assert {name: tuple(values.shape) for name, values in one.items()} == {
+        "ids": (1, 5),
+        "addresses": (2, 1, 5, 3),
+    }
+    assert not any(values.any() for values in one.values())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engram_lab.errors import UserError
 from engram_lab.model.checkpoint import load
 from engram_lab.recipe import Recipe, resolve
 from engram_lab.text import prepare
@@ -95,3 +96,13 @@ def test_formats_are_part_of_the_run_and_tiers_are_not(tiny: dict[str, Any], tmp
     assert identity() == identity(tier="host", depth=5, threads=1) == identity(unique_rows=True)
     assert identity(tier="host", rows="bfloat16") != identity()
     assert identity(tier="host", state="bfloat16") != identity(tier="host", rows="bfloat16")
+
+
+def test_what_a_tier_cannot_do_is_said_before_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+    content = recipe(tiny, tmp_path, HOST, **{"model.engram.module": "product_key", "budget.rho": None})
+    with pytest.raises(UserError, match=r"memory\.tier is host.*product_key.*leave the section memory out"):
+        train(content, progress_bar=False)
+    huge = {"model.engram.rows_per_head": 10**9, "budget.rho": None, "memory.rows": "bfloat16"}
+    with pytest.raises(UserError, match=r"GiB.*lower model\.engram\.rows_per_head.*memory\.tier to disk"):
+        train(recipe(tiny, tmp_path, HOST, **huge), progress_bar=False)
+    assert not (tmp_path / "runs").exists()
