@@ -18,7 +18,10 @@ def off(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-@pytest.mark.parametrize(("N", "K", "E", "D", "H"), [(300, 3, 7, 64, 32), (1000, 6, 102, 256, 128), (64, 1, 300, 128, 96)])  # fmt: skip
+SIZES = [(300, 3, 7, 64, 32), (1000, 6, 102, 256, 128), (64, 1, 300, 128, 96)]
+
+
+@pytest.mark.parametrize(("N", "K", "E", "D", "H"), SIZES)
 def test_routed_experts_equal_a_loop(N, K, E, D, H):
     torch.manual_seed(0)
     torch.set_default_device("cuda")
