@@ -105,7 +105,7 @@ class Place:
         store = Shard(rows, size, self.device, rank=self.rank, ranks=self.ranks)
         fill(store, self.initial)
         rule = RowOptimizer(self.layout, rates=lambda step: RATE, total=total, **rates)
-        return ShardedPipeline(store, Peers(), self.layout, rule, self.first_row, **common)
+        return ShardedPipeline(store, Peers(self.device), self.layout, rule, self.first_row, **common)
 
     @property
     def threads(self) -> int:

@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -32,15 +33,20 @@ def total(part: Tensor) -> Tensor:
 class Peers:
     """The ranks of the run. All of them make one at the same time, once their process group is there.
 
+    Args:
+        device: where this rank computes.
+
     Attributes:
         rank: number of this one.
         ranks: how many there are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._group = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gather")
+        # A new thread would pin memory for the first GPU, which is another rank's.
+        starting = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gather", initializer=starting)
         self._closing = threading.Event()
         self._left = False
 

@@ -141,7 +141,7 @@ class TableRows(Callback):
         """Open the store, bring it to where the run stands, and begin to serve it."""
         device = trainer.strategy.root_device
         # In this order: what fails on one rank then does so where the others come to know of it.
-        peers = Peers() if trainer.world_size > 1 else None
+        peers = Peers(device) if trainer.world_size > 1 else None
         store = self._open(device, peers)
         optimizer = None
         if self.layout.rule is not None:

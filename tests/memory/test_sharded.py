@@ -94,7 +94,7 @@ def resident(layout: RecordLayout) -> dict[str, Any]:
 
 
 def started(rank: int, ranks: int, folder: Path, layout: RecordLayout) -> ShardedPipeline:
-    peers = Peers()
+    peers = Peers(CPU)
     store = Shard(ROWS, layout.record_bytes, CPU, rank=rank, ranks=ranks)
     fresh(store, layout)
     rules = optimizer(layout, total=total)
