@@ -173,17 +173,29 @@ def start(file: Path) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_the_same(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """SIGKILL, several times, wherever it hits: a step, an evaluation, a checkpoint being written."""
+@pytest.mark.parametrize(
+    ("memory", "reference", "kills"),
+    [
+        ({}, {}, 3),
+        ({"tier": "host", "depth": 3}, {"unique_rows": True}, 2),
+        ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, 2),
+    ],
+    ids=["dense", "host", "disk"],
+)
+def test_killed_at_random_moments_it_ends_the_same(
+    tiny: dict[str, Any], tmp_path: Path, memory: dict[str, Any], reference: dict[str, Any], kills: int
+) -> None:
+    """SIGKILL, several times, wherever it hits: a step, an evaluation, a checkpoint or row being written."""
     tiny["data"] = {**tiny["data"], "tokens": 32 * 4 * 90}
+    elsewhere = moved(Recipe.from_dict({**tiny, "memory": reference}), tmp_path / "reference")
+    tiny["memory"] = memory
     recipe = Recipe.from_dict(tiny)
-    elsewhere = moved(recipe, tmp_path / "reference")
     expected = train(elsewhere, progress_bar=False)
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tiny))
     directory = run_directory(recipe, expected.identity)
     chance = random.Random(0)
-    for _ in range(3):
+    for _ in range(kills):
         seen = set(directory.glob("checkpoints/*.ckpt"))
         process = start(file)
         while process.poll() is None and set(directory.glob("checkpoints/*.ckpt")) <= seen:
