@@ -55,6 +55,12 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def tiny_values() -> dict[str, Any]:
+    """What a tiny recipe says, its text and folders left out."""
+    return TINY
+
+
 @pytest.fixture
 def tiny(documents: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe, as plain values, that keeps everything it writes in the test's own folder."""

@@ -74,9 +74,7 @@ def train(file: Path, *overrides: str) -> Trained:
 
 
 @pytest.fixture(scope="module")
-def file(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import TINY
-
+def file(documents: Path, tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = {
         "source": str(documents),
         "vocab_size": 400,
@@ -84,7 +82,7 @@ def file(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "cache_dir": str(tmp_path_factory.getbasetemp() / "text-cache"),
     }
     path = tmp_path_factory.mktemp("controls") / "tiny.yaml"
-    path.write_text(yaml.safe_dump({**TINY, "text": text}))
+    path.write_text(yaml.safe_dump({**tiny_values, "text": text}))
     return path
 
 
