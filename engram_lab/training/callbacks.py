@@ -61,6 +61,7 @@ class StepLog(Callback):
         self._since = 0.0
         self._first = 0
         self._loss = float("nan")
+        self._batch_loss = torch.tensor(0.0)
 
     def _restart_clock(self, trainer: Trainer) -> None:
         self._since, self._first = time.perf_counter(), trainer.global_step
@@ -80,12 +81,14 @@ class StepLog(Callback):
     ) -> None:
         """Log at every `every`-th optimizer step and at the last."""
         step = trainer.global_step
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        micro_batch = batch_idx % trainer.accumulate_grad_batches
+        part = outputs["loss"].detach()  # Lightning has divided it by the number of micro-batches
+        self._batch_loss = part if micro_batch == 0 else self._batch_loss + part
+        stepped = micro_batch == trainer.accumulate_grad_batches - 1
         if not stepped or (step % self.every and step != self.steps):
             return
         assert isinstance(pl_module, EngramModule)
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        loss = trainer.strategy.reduce(self._batch_loss, reduce_op="mean")
         self._loss = pl_module.check_finite(loss, step)
         speed = (step - self._first) * self.tokens_per_step / max(time.perf_counter() - self._since, 1e-9)
         self._restart_clock(trainer)

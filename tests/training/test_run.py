@@ -163,6 +163,11 @@ def test_settings_that_follow_from_others_are_refused(recipe: Recipe) -> None:
         train(replace(recipe, trainer={**recipe.trainer, "max_steps": 3}), progress_bar=False)
 
 
+def router_biases(directory: Path) -> torch.Tensor:
+    weights = load_file(directory / "model" / "model.safetensors")
+    return torch.cat([weight for name, weight in weights.items() if name.endswith("router.bias")])
+
+
 def start(file: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "engram_lab.cli", "run", str(file)],
@@ -215,9 +220,10 @@ def test_killed_at_random_moments_it_ends_the_same(
 
 @pytest.mark.slow
 def test_two_cpu_processes_train_what_one_does(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Also where each takes its share in two parts, all of which the routers' loads count."""
     recipe = Recipe.from_dict(tiny)
     alone = train(moved(recipe, tmp_path / "alone"), progress_bar=False)
-    tiny["trainer"] = {**tiny["trainer"], "devices": 2, "strategy": "ddp"}
+    tiny["trainer"] = {**tiny["trainer"], "devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tiny))
     process = start(file)
@@ -229,6 +235,11 @@ def test_two_cpu_processes_train_what_one_does(tiny: dict[str, Any], tmp_path: P
     assert together.loss == pytest.approx(alone.loss, rel=1e-4)
     both, one = curves(recipe, "train/loss"), curves(moved(recipe, tmp_path / "alone"), "train/loss")
     assert both == pytest.approx(one, rel=1e-3)
+    biases = [
+        router_biases(run_directory(r, alone.identity)) for r in (recipe, moved(recipe, tmp_path / "alone"))
+    ]
+    # A step moves a bias by 1e-3 up or down; a token near the border may choose another expert.
+    assert ((biases[0] - biases[1]).abs() < 5e-4).float().mean() > 0.9
 
 
 @pytest.mark.slow
