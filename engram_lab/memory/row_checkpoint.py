@@ -115,6 +115,7 @@ class RowCheckpoints:
         store: RowStore,
         initial: Initial,
         owns: Callable[[Tensor], Tensor] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Bring `store` to the checkpoint with `manifests`, bit for bit, and delete files it does not list.
 
@@ -123,6 +124,7 @@ class RowCheckpoints:
             store: its rows are in any state.
             initial: writes records of rows never touched.
             owns: says which of given row numbers [n] are this rank's, bool [n]; None: all.
+            progress: told (rows done, rows) while a store is filled anew.
 
         Returns:
             The rows this rank owns that were touched until then, int64 [k] ascending.
@@ -148,7 +150,7 @@ class RowCheckpoints:
             if written is None:
                 store.start_log(None)
         if written is None:
-            fill(store, initial)
+            fill(store, initial, progress)
         else:
             self._reset(store, written, initial)
         for reader, ids in mine:

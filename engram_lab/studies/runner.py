@@ -29,7 +29,7 @@ from engram_lab.studies.queue import CellState, QueuedCell, StudyQueue
 from engram_lab.studies.report import write_study_report
 from engram_lab.text import prepare
 from engram_lab.training.callbacks import StopRequest
-from engram_lab.training.fit import preflight
+from engram_lab.training.preflight import preflight
 
 POLL_SECONDS = 0.5
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import shutil
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from engram_lab.budget import count
 from engram_lab.errors import UserError
 from engram_lab.files import write_atomically
 from engram_lab.model.checkpoint import save
@@ -33,8 +29,8 @@ from engram_lab.training.callbacks import (
 from engram_lab.training.data import EngramDataModule
 from engram_lab.training.execution import gather
 from engram_lab.training.module import EngramModule
-from engram_lab.training.rows import TableRows, record_layout
-from engram_lab.training.trainer import build_trainer
+from engram_lab.training.rows import TableRows, moves_records
+from engram_lab.training.trainer import build_trainer, quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,34 +54,6 @@ class RunResult:
     tokens: int
     seconds: float
     reused: bool = False
-
-
-def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
-    """Find what would stop the run before anything of it is written.
-
-    Raises:
-        UserError: too few tokens, devices that do not exist, settings that contradict each other.
-    """
-    recipe = run.recipe
-    EngramDataModule(recipe.data, corpus, None, seed=recipe.seed)
-    _require_memory(run)
-    with _quiet():
-        trainer = build_trainer(
-            recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=False
-        )
-    if trainer.world_size > 1 and moves_records(run) and recipe.memory.tier != "sharded":
-        unique = recipe.memory.unique_rows
-        asked = "memory.unique_rows is true" if unique else f"memory.tier is {recipe.memory.tier}"
-        raise UserError(
-            f"{asked}, whose rows one process trains, but there are to be {trainer.world_size}; set "
-            "memory.tier to sharded, or trainer.devices to 1."
-        )
-    micro_batches = trainer.world_size * trainer.accumulate_grad_batches
-    if recipe.data.batch_size % micro_batches:
-        raise UserError(
-            f"data.batch_size is {recipe.data.batch_size}; it must be a multiple of devices x accumulated "
-            f"micro-batches, {trainer.world_size} x {trainer.accumulate_grad_batches}."
-        )
 
 
 def fit(
@@ -136,7 +104,7 @@ def fit(
         interval = -(-config.steps // (config.evaluations + 1)) if config.evaluations else None
         before = _seconds_so_far(directory)
         started = time.perf_counter()
-        with stop.listening(), _quiet():
+        with stop.listening(), quiet():
             trainer = build_trainer(
                 recipe.trainer,
                 steps=config.steps,
@@ -214,26 +182,6 @@ def latest_checkpoint(directory: Path) -> Path | None:
     return max(files, key=lambda f: int(f.stem.split("=")[1]), default=None)
 
 
-def _require_memory(run: ResolvedRun) -> None:
-    parameters, slots = count(run.network).everything, run.allocation.slots
-    needed, elsewhere = 4 * parameters, ""
-    if moves_records(run):
-        engram, memory = run.network.engram, run.recipe.memory
-        assert engram is not None
-        record = record_layout(memory, engram, run.recipe.optimizer).record_bytes
-        needed -= 4 * slots * engram.row_dim
-        if memory.tier != "disk":
-            needed += slots * record
-            elsewhere = ", or set memory.tier to disk"
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > present:
-        raise UserError(
-            f"the network has {parameters:,} parameters, {slots:,} rows of memory among them, which take "
-            f"{needed / 2**30:,.0f} GiB, and this machine has {present / 2**30:,.0f} GiB; lower "
-            f"model.engram.rows_per_head or model.ffn.experts{elsewhere}."
-        )
-
-
 def _table_rows(run: ResolvedRun, directory: Path, log_every: int) -> TableRows | None:
     """The run's rows, where they move as records."""
     if not moves_records(run):
@@ -252,37 +200,6 @@ def _table_rows(run: ResolvedRun, directory: Path, log_every: int) -> TableRows 
     )
 
 
-def moves_records(run: ResolvedRun) -> bool:
-    """Whether the run has table rows that move as records."""
-    engram = run.network.engram
-    if engram is not None and engram.module == "product_key" and run.recipe.memory.by_record:
-        raise UserError(
-            f"memory.tier is {run.recipe.memory.tier}, but model.engram.module product_key finds its rows by "
-            "content, which only a resident table can; leave the section memory out."
-        )
-    return engram is not None and engram.n_heads > 0 and run.recipe.memory.by_record
-
-
 def _seconds_so_far(directory: Path) -> float:
     file = directory / "seconds"
     return float(file.read_text()) if file.exists() else 0.0
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Lightning's banners and tips, and those warnings, named one by one, that are wrong here."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        # Addresses are computed in the loader on purpose, and on two cores more loader processes cost speed.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # StepLog has an interval of its own and logs the last step always.
-        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # of torch's own, below Lightning
-        for logger in loggers:
-            logger.setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

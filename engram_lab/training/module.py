@@ -74,7 +74,7 @@ class EngramModule(LightningModule):
             for index, table in enumerate(self.net.tables):
                 read = torch.zeros(len(cast(Tensor, table.weight)), dtype=torch.bool)
                 self.register_buffer(f"touched_{index}", read)  # rows read in training
-        # Each process counts what it sees itself; DDP would put the first one's counts in their place.
+        # Equal everywhere, or what this process has seen itself: DDP need not send them before every step.
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.val_loss = MeanMetric().set_dtype(torch.float64)
         self.gradient_norm = torch.tensor(0.0)

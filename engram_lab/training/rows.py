@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.progress import Progress as Bar
 from torch import Tensor, nn
 
 from engram_lab.errors import UserError
@@ -36,10 +38,12 @@ from engram_lab.model.checkpoint import table_sizes
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
 from engram_lab.model.initialise import initial_rows
+from engram_lab.recipe import ResolvedRun
 from engram_lab.training.optimizer import OptimizerConfig, lr_multiplier
 from engram_lab.training.sinkhorn import MOMENTUM
 
 STATE = "table_rows"
+WORTH_A_BAR = 1 << 30  # bytes of records
 
 
 def record_layout(config: MemoryConfig, engram: EngramConfig, optimizer: OptimizerConfig) -> RecordLayout:
@@ -50,6 +54,12 @@ def record_layout(config: MemoryConfig, engram: EngramConfig, optimizer: Optimiz
         rule=None if engram.frozen_table else optimizer.table_optimizer,
         state=config.state,
     )
+
+
+def moves_records(run: ResolvedRun) -> bool:
+    """Whether the run has table rows that move as records."""
+    engram = run.network.engram
+    return engram is not None and engram.n_heads > 0 and run.recipe.memory.by_record
 
 
 class TableRows(Callback):
@@ -170,7 +180,8 @@ class TableRows(Callback):
             )
         else:
             self._pipeline = RowPipeline(store, self.layout, optimizer, self.first_row[:-1], **options)
-        touched = self.checkpoints.restore(self._manifests, store, self.initial, owns)
+        with self._filling(trainer) as progress:
+            touched = self.checkpoints.restore(self._manifests, store, self.initial, owns, progress)
         self._pipeline.touched.mark(touched)
         self._pipeline.touched.take_recent()
         for table in self.tables:
@@ -189,6 +200,17 @@ class TableRows(Callback):
         self.file.parent.mkdir(parents=True, exist_ok=True)
         cache = self.config.cache_rows
         return DiskStore(self.file, self.layout, rows, self.identity, cache_rows=cache, threads=threads)
+
+    @contextmanager
+    def _filling(self, trainer: Trainer) -> Iterator[Callable[[int, int], None] | None]:
+        """Show how far the store is filled, where that takes a while and the run shows its progress."""
+        size = self.first_row[-1] * self.layout.record_bytes
+        if size < WORTH_A_BAR or trainer.progress_bar_callback is None or not trainer.is_global_zero:
+            yield None
+            return
+        with Bar() as bar:
+            task = bar.add_task(f"{self.first_row[-1]:,} table rows, {size / 2**30:.0f} GiB")
+            yield lambda done, rows: bar.update(task, completed=done, total=rows)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

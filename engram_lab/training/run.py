@@ -22,8 +22,9 @@ from engram_lab.files import write_atomically
 from engram_lab.recipe import Recipe, ResolvedRun, resolve
 from engram_lab.text import TokenCorpus, prepare
 from engram_lab.training.callbacks import Interrupted, Progress, StopRequest
-from engram_lab.training.fit import RunResult, fit, preflight
+from engram_lab.training.fit import RunResult, fit
 from engram_lab.training.module import Diverged
+from engram_lab.training.preflight import preflight
 
 
 def run_directory(recipe: Recipe, identity: str) -> Path:

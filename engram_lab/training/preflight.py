@@ -1,0 +1,87 @@
+"""What would stop a run, found before anything of it is written."""
+
+from __future__ import annotations
+
+import os
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from engram_lab.budget import count
+from engram_lab.errors import UserError
+from engram_lab.recipe import ResolvedRun
+from engram_lab.text import TokenCorpus
+from engram_lab.training.data import EngramDataModule
+from engram_lab.training.rows import moves_records, record_layout
+from engram_lab.training.trainer import build_trainer, quiet
+
+
+def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
+    """Find what would stop the run before anything of it is written.
+
+    Raises:
+        UserError: too few tokens, too little memory, devices that do not exist, settings that contradict each
+            other.
+    """
+    recipe = run.recipe
+    EngramDataModule(recipe.data, corpus, None, seed=recipe.seed)
+    _check_rows(run)
+    with quiet():
+        trainer = build_trainer(
+            recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=False
+        )
+    _require_memory(run, trainer)
+    _check_processes(run, trainer)
+    micro_batches = trainer.world_size * trainer.accumulate_grad_batches
+    if recipe.data.batch_size % micro_batches:
+        raise UserError(
+            f"data.batch_size is {recipe.data.batch_size}; it must be a multiple of devices x accumulated "
+            f"micro-batches, {trainer.world_size} x {trainer.accumulate_grad_batches}."
+        )
+
+
+def _check_rows(run: ResolvedRun) -> None:
+    engram, memory = run.network.engram, run.recipe.memory
+    if memory.by_record and engram is not None and engram.module == "product_key":
+        raise UserError(
+            f"memory.tier is {memory.tier}, but model.engram.module product_key finds its rows by content, "
+            "which only a resident table can; leave the section memory out."
+        )
+
+
+def _check_processes(run: ResolvedRun, trainer: Trainer) -> None:
+    memory = run.recipe.memory
+    if trainer.world_size == 1 or not moves_records(run):
+        return
+    if memory.tier != "sharded":
+        asked = "memory.unique_rows is true" if memory.unique_rows else f"memory.tier is {memory.tier}"
+        raise UserError(
+            f"{asked}, whose rows one process trains, but there are to be {trainer.world_size}; set "
+            "memory.tier to sharded, or trainer.devices to 1."
+        )
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UserError(
+            "memory.tier is sharded, which does not yet work with ModelParallelStrategy; set "
+            "trainer.strategy to ddp."
+        )
+
+
+def _require_memory(run: ResolvedRun, trainer: Trainer) -> None:
+    parameters, slots = count(run.network).everything, run.allocation.slots
+    needed, elsewhere = 4 * parameters, ""
+    if moves_records(run):
+        engram, memory = run.network.engram, run.recipe.memory
+        assert engram is not None
+        record = record_layout(memory, engram, run.recipe.optimizer).record_bytes
+        needed -= 4 * slots * engram.row_dim
+        on_host = memory.tier == "host" or trainer.strategy.root_device.type == "cpu"
+        if memory.tier != "disk" and on_host:
+            needed += slots * record
+            elsewhere = ", or set memory.tier to disk"
+    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise UserError(
+            f"the network has {parameters:,} parameters, {slots:,} rows of memory among them, which take "
+            f"{needed / 2**30:,.0f} GiB, and this machine has {present / 2**30:,.0f} GiB; lower "
+            f"model.engram.rows_per_head or model.ffn.experts{elsewhere}."
+        )
