@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,22 @@ def test_other_tiers_refuse_several_processes(
         UserError, match=r"one process trains, but there are to be 2; set memory\.tier to sharded"
     ):
         train(recipe(tiny, tmp_path / "run", memory, processes=2), progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sharded_parameters_are_refused_with_sharded_rows(tiny: dict[str, Any], tmp_path: Path) -> None:
+    strategy = {
+        "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+        "init_args": {
+            "data_parallel_size": 2,
+            "tensor_parallel_size": 1,
+            "save_distributed_checkpoint": False,
+        },
+    }
+    both = recipe(tiny, tmp_path / "run", SHARDED, processes=2)
+    both = replace(both, trainer={**both.trainer, "strategy": strategy})
+    with pytest.raises(UserError, match=r"sharded, which does not yet work with ModelParallel.*to ddp"):
+        train(both, progress_bar=False)
     assert not (tmp_path / "run").exists()
 
 
