@@ -13,8 +13,8 @@ import torch
 
 from engram_lab.memory.layout import RecordLayout, RowRule
 from engram_lab.memory.row_optimizer import RowOptimizer
+from engram_lab.memory.sinkhorn import MOMENTUM, sinkhorn_step
 from engram_lab.training.schedule import wsd_multiplier
-from engram_lab.training.sinkhorn import MOMENTUM, sinkhorn_step
 
 ROWS, ROW_DIM, READS, STEPS, SEEDS = 2_000, 16, 200, 1_500, 3
 

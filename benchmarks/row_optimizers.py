@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.row_optimizer import RowOptimizer
-from engram_lab.training.sinkhorn import MOMENTUM
+from engram_lab.memory.sinkhorn import MOMENTUM
 
 BETAS, EPS, RATE = (0.9, 0.95), 1e-8, 0.015
 BEHIND = 200

@@ -4,9 +4,9 @@ The rules touch only these rows, so a step costs the same whatever the size of t
 
 - adam: equals dense Adam without weight decay. A row that went unread is brought up to date when it is read
   next (memory/catch_up.py); dense Adam does that to all rows in every step.
-- adagrad: row-wise Adagrad, one sum a row (training/adagrad.py). A row without a gradient rests in the dense
+- adagrad: row-wise Adagrad, one sum a row (memory/adagrad.py). A row without a gradient rests in the dense
   rule too, so both are the same.
-- sinkhorn: momentum with balanced rows and columns (training/sinkhorn.py), where the matrix is that of the
+- sinkhorn: momentum with balanced rows and columns (memory/sinkhorn.py), where the matrix is that of the
   rows of a table that this step reads. This is another rule than the dense one. There, a row that was read
   once has a share in the next hundred steps' matrices and moves on at full size with its old momentum, since
   balancing undoes the momentum's decay; here it rests until it is read again, its momentum decayed by the
@@ -31,7 +31,7 @@ from torch import Tensor
 from engram_lab.memory import row_kernels_cpu
 from engram_lab.memory.catch_up import adam_constants, nodes_for
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.training.sinkhorn import STEP_SIZE, balance
+from engram_lab.memory.sinkhorn import STEP_SIZE, balance
 
 CHUNK = 64
 """Steps whose constants are made at once: a few milliseconds."""

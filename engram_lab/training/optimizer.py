@@ -17,11 +17,11 @@ from torch.nn import Parameter
 from torch.optim.adamw import adamw
 
 from engram_lab.errors import UserError, nearest
-from engram_lab.training.adagrad import row_adagrad_step
+from engram_lab.memory.adagrad import row_adagrad_step
+from engram_lab.memory.sinkhorn import MOMENTUM as SINKHORN_MOMENTUM
+from engram_lab.memory.sinkhorn import sinkhorn_step
 from engram_lab.training.muon import muon_step
 from engram_lab.training.schedule import wsd_multiplier
-from engram_lab.training.sinkhorn import MOMENTUM as SINKHORN_MOMENTUM
-from engram_lab.training.sinkhorn import sinkhorn_step
 
 Role = Literal["matrix", "vector", "embedding", "table"]
 GROUP_OF_ROLE: Mapping[Role, str] = {
@@ -45,8 +45,8 @@ class OptimizerConfig:
         eps: Adam's addition to the denominator.
         muon_momentum: averaging of the gradient in Muon.
         table_optimizer: "adam"; "sinkhorn" for DeepSeek-V4.1's momentum with balanced rows and columns,
-            which keeps one number a parameter where Adam keeps two (training/sinkhorn.py); or "adagrad",
-            which keeps one number a row (training/adagrad.py).
+            which keeps one number a parameter where Adam keeps two (memory/sinkhorn.py); or "adagrad",
+            which keeps one number a row (memory/adagrad.py).
         table_lr_multiplier: tables learn at this multiple of the base rate: the published setting for Adam
             and the balanced momentum, since a row is touched far less often than a matrix.
         warmup_fraction: share of the steps spent warming up, when `warmup_steps` is None.

@@ -33,6 +33,7 @@ from engram_lab.memory.row_optimizer import RowOptimizer
 from engram_lab.memory.service import RowService
 from engram_lab.memory.shard import Shard
 from engram_lab.memory.sharded import ShardedPipeline
+from engram_lab.memory.sinkhorn import MOMENTUM
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.model.checkpoint import table_sizes
 from engram_lab.model.engram import EngramConfig
@@ -40,7 +41,6 @@ from engram_lab.model.hashing import table_rows
 from engram_lab.model.initialise import initial_rows
 from engram_lab.recipe import ResolvedRun
 from engram_lab.training.optimizer import OptimizerConfig, lr_multiplier
-from engram_lab.training.sinkhorn import MOMENTUM
 
 STATE = "table_rows"
 WORTH_A_BAR = 1 << 30  # bytes of records

@@ -13,8 +13,8 @@ from test_optimizer import ROLES, Net, batches, train
 from torch import Tensor
 
 from engram_lab.errors import UserError
+from engram_lab.memory.sinkhorn import balance, sinkhorn_step
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer, lr_multiplier
-from engram_lab.training.sinkhorn import balance, sinkhorn_step
 
 CONFIG = OptimizerConfig(table_optimizer="sinkhorn")
 
