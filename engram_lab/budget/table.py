@@ -9,7 +9,7 @@ from engram_lab.budget.config import BudgetConfig
 from engram_lab.budget.count import ParameterCount, bytes_per_token, count
 from engram_lab.budget.flops import BACKWARD, flops_per_token
 from engram_lab.budget.rows import NEAR_START
-from engram_lab.budget.solve import Allocation, solve
+from engram_lab.budget.solve import FLOPS_TOLERANCE, TOLERANCE, Allocation, solve
 from engram_lab.model.config import ModelConfig
 
 CONVENTIONS = (
@@ -68,8 +68,10 @@ def budget_table(cells: Sequence[Allocation], names: Sequence[str] = ()) -> str:
     return "\n".join([align([headings, *lines]), "", *notes, *CONVENTIONS, *_warnings(cells)])
 
 
-def _warnings(cells: Iterable[Allocation]) -> Iterator[str]:
-    """Say where primes were too few to meet the total with heads of about equal size."""
+def _warnings(cells: Sequence[Allocation]) -> Iterator[str]:
+    """Say where primes were too few to meet the total with heads of about equal size, and where strict mode
+    could not hold what it promises.
+    """
     for cell in cells:
         memory = cell.network.engram
         if cell.rho is None or memory is None or memory.module in ("mlp", "product_key"):
@@ -81,6 +83,19 @@ def _warnings(cells: Iterable[Allocation]) -> Iterator[str]:
                 "rows meet the total in no other way; fewer engram.heads or a smaller engram.row_dim make "
                 "them more alike."
             )
+    total, flops = TOLERANCE["strict"].near, FLOPS_TOLERANCE
+    missed = [
+        cell
+        for cell in cells
+        if cell.mode == "strict" and (abs(cell.total_mismatch) > total or abs(cell.flops_mismatch) > flops)
+    ]
+    if missed:
+        places = ", ".join(f"{cell.rho_nominal:g}" for cell in missed)
+        modules = sorted({cell.network.engram.module for cell in missed if cell.network.engram})
+        yield (
+            f"warning: at rho {places} no size of the memory ({', '.join(modules)}) was found that holds the "
+            f"total to {total:.2%} and FLOPs to {flops:.1%}, as strict mode should; Δ says what is left."
+        )
 
 
 def component_table(network: ModelConfig, *, sequence_length: int) -> str:

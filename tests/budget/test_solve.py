@@ -72,6 +72,20 @@ def test_strict_cells_have_equal_flops_apart_from_the_router(network):
     assert all((wide.shared_width(n) > plain) == (n in layers) for n in range(network.n_layers))
 
 
+def test_the_next_block_with_experts_pays_for_a_memory_in_a_dense_one():
+    ffn = replace(QUICKSTART.ffn, leading_dense_layers=2)
+    for memory in (
+        EngramConfig(layers=(0,), module="over_encoding"),
+        EngramConfig(layers=(0, 1, 2)),
+    ):
+        network = replace(QUICKSTART, ffn=ffn, engram=memory)
+        cells = [solve(network, BudgetConfig(rho=rho, mode="strict")) for rho in (1.0, 0.5)]
+        widths = [cells[0].network.ffn.shared_width(n) > ffn.shared_width(n) for n in range(4)]
+        assert widths == [False, False, True, False]
+        assert cells[1].total_parameters == pytest.approx(cells[0].total_parameters, rel=1e-4)
+        assert abs(cells[1].flops_mismatch) < 0.005
+
+
 def test_published_mode_states_its_flops_mismatch():
     one, half = (solve(QUICKSTART, BudgetConfig(rho=rho), sequence_length=128) for rho in (1.0, 0.5))
     assert one.flops_mismatch == 0
@@ -191,9 +205,13 @@ def test_rows_come_within_one_prime_step(rows, heads, orders, layers):
             "prime number of rows each need",
         ),
         (
-            replace(QUICKSTART, ffn=replace(QUICKSTART.ffn, leading_dense_layers=2)),
+            replace(
+                QUICKSTART,
+                ffn=replace(QUICKSTART.ffn, leading_dense_layers=4),
+                engram=EngramConfig(layers=(3,)),
+            ),
             {"rho": 0.5, "mode": "strict"},
-            "no shared expert",
+            "no block with experts",
         ),
     ],
 )

@@ -83,6 +83,19 @@ def test_a_tiny_table_of_unequal_heads_is_warned_of():
     assert "warning" not in tables[0.0]
 
 
+def test_cells_that_strict_mode_cannot_hold_are_warned_of():
+    def warning(**memory):
+        network = replace(NETWORK, streams=4, engram=EngramConfig(heads=4, **memory))
+        cells = solve_all(network, (1.0, 0.8, 0.0), BudgetConfig(mode="strict"), sequence_length=128)
+        return [line for line in budget_table(cells).splitlines() if line.startswith("warning")]
+
+    assert warning() == []
+    (line,) = warning(module="per_layer")  # one set of parameters works on four streams
+    assert line.startswith("warning: at rho 0.8, 0 no size of the memory (per_layer)")
+    (line,) = warning(module="mlp")
+    assert "(mlp)" in line
+
+
 def test_numbers_for_people():
     assert [human(n) for n in (0, 999, 1_283_000, 5_792_338_560)] == ["0", "999", "1.283 M", "5.792 B"]
 
