@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import bdtr, bdtrc
 
-from scaling.allocation import CREDIBLE
+from scaling.allocation import CREDIBLE, analyse
 from scaling.allocation_families import FLOOR, allocation_families
 from scaling.curvefit import fit_curve
 from scaling.families import Family
@@ -188,6 +188,7 @@ def end_covers(
     scores = np.stack([aicc(rss, len(x), p) for _, _, p, _, rss in found])
     credible = scores - scores.min(axis=0) < CREDIBLE
     no_rise, no_fall = directions(y, x, found, rng)
+    turned = np.maximum(no_rise, no_fall) <= SIZE
     reached = (no_rise if end == 1 else no_fall) > SIZE
     for member, (item, design, p, _, rss) in zip(credible, found, strict=True):
         if not item.axes:
@@ -197,7 +198,18 @@ def end_covers(
         least = design.surface(design.weighted(y))[:, beyond].min(1)
         dof = len(x) - p
         reached |= member & (least <= rss * (1 + quantile_f(0.95, dof) / dof))
-    return int(reached.sum())
+    return int((reached & ~turned).sum())
+
+
+def headline(
+    mean: np.ndarray, optimum: float, sd: float, count: int, rng: np.random.Generator, x: np.ndarray
+) -> int:
+    """Headline interval of rho*, the U test and the valley's bounds included."""
+    hits = 0
+    for _ in range(count):
+        obs = build(x=x, y=mean + sd * rng.standard_normal(len(x)))
+        hits += holds(analyse(obs, allocation_families()).optimum.interval, optimum)
+    return hits
 
 
 def memory(what: str, alpha: float, sd: float, count: int, rng: np.random.Generator) -> int:
@@ -269,6 +281,13 @@ MONOTONE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rising, cubic": lambda x: 1.71 + 0.04 * x**3,
     "falling, flat from .5": lambda x: 1.71 + 0.08 * np.maximum(0.5 - x, 0) ** 2,
 }
+KINKED = 0.7
+
+
+def kinked(x: np.ndarray) -> np.ndarray:
+    return 1.71 + 0.047 * np.abs(x - KINKED)
+
+
 SEVEN = np.array([0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
 
 
@@ -350,6 +369,17 @@ def cells() -> tuple[Cell, ...]:
                     lambda n, g, m=mean, e=end: end_covers(m(RHO), e, 0.001, n, g),
                 )
             )
+    twice = np.repeat(SEVEN, 2)
+    for sd in SDS:
+        out.append(
+            Cell(
+                "rho*, headline",
+                f"kinked at {KINKED}, seven points twice, SD {sd}",
+                0.90,
+                1.0,
+                lambda n, g, s=sd: headline(kinked(twice), KINKED, s, n, g, twice),
+            )
+        )
     for name in ("log-saturating", "quadratic", "quadratic+jump"):
         for sd in SDS:
             out.append(

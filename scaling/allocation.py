@@ -12,7 +12,7 @@ import polars as pl
 
 from scaling.allocation_families import FLOOR, allocation_families
 from scaling.allocation_results import AllocationFit, AllocationModel, Optimum, Plateau, Valley
-from scaling.curvefit import CurveFit, fit_curve, union
+from scaling.curvefit import CurveFit, Interval, fit_curve, union
 from scaling.errors import ScalingError
 from scaling.families import Family
 from scaling.frame import Source, budget_groups, finished, merged_budgets, numbers, read
@@ -21,7 +21,7 @@ from scaling.observations import Observations, observe
 from scaling.robust import reweigh
 from scaling.scatter import Scatter, scatter_of
 from scaling.unimodal import valley_fit
-from scaling.ushape import SIZE, UShape, cells, judge
+from scaling.ushape import SIZE, UShape, cells, judge, turn_bounds
 
 CREDIBLE = 4.0
 """Families within this delta AICc of the best one form the headline interval: measured to cover .91-.95
@@ -124,7 +124,7 @@ def analyse(
     models = _compare(tuple(_model(fit_curve(family, obs, confidence)) for family in families))
     scatter = scatter_of(obs, models)
     shape = judge(obs, scatter, seed=seed, confidence=confidence)
-    optimum = _headline(obs, models, shape, confidence)
+    optimum = _headline(obs, models, shape, scatter, confidence, seed)
     data = cells(obs)
     valley = None
     if len(data.x) >= 3:
@@ -217,7 +217,12 @@ def _compare(models: tuple[AllocationModel, ...]) -> tuple[AllocationModel, ...]
 
 
 def _headline(
-    obs: Observations, models: tuple[AllocationModel, ...], shape: UShape, confidence: float
+    obs: Observations,
+    models: tuple[AllocationModel, ...],
+    shape: UShape,
+    scatter: Scatter,
+    confidence: float,
+    seed: int,
 ) -> Optimum:
     credible = sorted(
         (m for m in models if m.eligible and m.delta_aicc is not None and m.delta_aicc < CREDIBLE),
@@ -229,6 +234,9 @@ def _headline(
     low = low if shape.p_no_fall is not None and shape.p_no_fall <= SIZE else None
     high = high if shape.p_no_rise is not None and shape.p_no_rise <= SIZE else None
     jump = best is not None and best.family.jump_at is not None and (best.over_one or 0.0) < 0
+    from_valley = shape.verdict == "U-shaped" and (low is None or high is None)
+    if from_valley:
+        low, high = _closed((low, high), credible, turn_bounds(obs, scatter, seed=seed))
     if jump:
         high = None
     if shape.verdict not in ("U-shaped", "monotone falling", "monotone rising"):
@@ -252,6 +260,8 @@ def _headline(
     else:
         rho = best.rho
         reason = f"{best.name} has the lowest AICc; the interval is the union over members"
+        if from_valley:
+            reason += ", which leave an end open that the test of the valley bounds"
     return Optimum(
         rho=rho,
         interval=(low, high),
@@ -261,6 +271,20 @@ def _headline(
         edge_members=tuple(m.name for m in credible if m.family.axes and m.rho is None),
         reason=reason,
     )
+
+
+def _closed(ends: Interval, members: list[AllocationModel], bounds: Interval) -> Interval:
+    """Open ends of the members' union from the valley's bounds, but not inside what a member holds.
+
+    A member that cannot exclude an end of [0, 1] does not outweigh that the U test does.
+    """
+    inner = [m.rho for m in members if m.rho is not None]
+    low, high = ends
+    if low is None and bounds[0] is not None:
+        low = min([bounds[0], *inner, *(m.interval[0] for m in members if m.interval[0] is not None)])
+    if high is None and bounds[1] is not None:
+        high = max([bounds[1], *inner, *(m.interval[1] for m in members if m.interval[1] is not None)])
+    return low, high
 
 
 def _plateau(

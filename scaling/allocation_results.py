@@ -43,8 +43,8 @@ class Optimum:
     rho: float | None
     """Named only where the loss is U-shaped by its test and the interval is bounded on both sides."""
     interval: Interval
-    """An end is None where an optimum at that end of [0, 1] is not refused: a credible family's interval
-    reaches it, or monotone regression does. At least one end is None where rho is.
+    """An end is None where an optimum at that end of [0, 1] is not refused. Where the loss is U-shaped by its
+    test, an end that a credible family leaves open is `ushape.turn_bounds`'s.
     """
     confidence: float
     model: str | None

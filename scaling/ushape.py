@@ -158,6 +158,29 @@ def directional_p(
     return found[0], found[1]
 
 
+def turn_bounds(obs: Observations, scatter: Scatter, *, seed: int = 0) -> tuple[float | None, float | None]:
+    """Where a valley through the mean losses turns: a bound for its bottom on either side, without a formula.
+
+    A bottom at x_j or beyond means a curve that falls through x_1 ... x_j. That is tested from the last
+    position inwards until it is not refused, each at `SIZE`: the hypotheses are nested, so the bound errs in
+    `SIZE` of the tables at most. An end is None where not even the whole curve is refused.
+    """
+    data = cells(obs)
+    n = len(data.x)
+    ends: list[float | None] = []
+    for which in (1, 0):
+        bound = None
+        for length in range(n, 1, -1):
+            part = slice(0, length) if which == 0 else slice(n - length, n)
+            rng = np.random.default_rng((seed, which, length))
+            y, weight = data.y[None, part], data.weight[part]
+            if directional_p(y, weight, scatter.variance, scatter.dof, rng)[which][0] > SIZE:
+                break
+            bound = float(data.x[part][-1 if which == 0 else 0])
+        ends.append(bound)
+    return ends[0], ends[1]
+
+
 def fit_p(
     y: np.ndarray,
     fit: np.ndarray,

@@ -384,3 +384,30 @@ def test_merging_many_runs_changes_nothing():
     assert merged.model("quadratic").rss == pytest.approx(float((rest**2).sum()), rel=1e-9)
     assert merged.model("quadratic").dof == 597
     assert whole.optimum.rho == pytest.approx(merged.optimum.rho, abs=0.02)
+
+
+def seven(curve, seeds, sd, seed=0):
+    rho = np.repeat([0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0], seeds)
+    return {"rho": rho, "loss": curve(rho) + sd * np.random.default_rng(seed).standard_normal(len(rho))}
+
+
+@pytest.mark.parametrize("sd", [0.0003, 0.001])
+def test_a_u_that_no_family_describes_has_an_optimum_all_the_same(sd):
+    """A kink at .7: less noise shows the misfit of every family, and must not lose the optimum."""
+    for seed in range(3):
+        table = seven(lambda x: 1.7 + 0.047 * np.abs(x - 0.7), 2, sd, seed)
+        fit = fit_allocation(table)
+        low, high = fit.optimum.interval
+        assert fit.u_shape.verdict == "U-shaped"
+        assert abs(fit.optimum.rho - 0.7) < 0.08
+        assert 0.2 <= low <= 0.7 <= high <= 1.0
+        assert low <= fit.optimum.rho <= high
+        assert fit_allocation(table).to_dict() == fit.to_dict()
+
+
+def test_a_u_of_five_points_is_bounded_though_no_curve_may_be_chosen():
+    rho = np.repeat([0.2, 0.4, 0.6, 0.8, 1.0], 3)
+    loss = 1.7 + 0.06 * (rho - 0.6) ** 2 + 0.001 * np.random.default_rng(0).standard_normal(15)
+    fit = fit_allocation({"rho": rho, "loss": loss})
+    assert (fit.u_shape.verdict, fit.optimum.rho) == ("U-shaped", None)
+    assert fit.optimum.interval == pytest.approx((0.4, 0.8))

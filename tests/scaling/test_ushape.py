@@ -6,7 +6,7 @@ from scaling_truths import RHO, ten_points, u_curve
 
 from scaling.observations import build
 from scaling.scatter import Scatter
-from scaling.ushape import cells, directional_p, judge, slope_p, two_lines_p
+from scaling.ushape import cells, directional_p, judge, slope_p, turn_bounds, two_lines_p
 
 
 def shape(y, sd, dof=8.0, seed=0):
@@ -147,3 +147,27 @@ def test_the_fit_of_a_true_shape_is_rarely_refused():
         for s in range(40)
     ]
     assert sum(result.p_valley_fit <= 0.05 for result in draws) <= 8  # P(more | rate .05) < 1e-3
+
+
+def bounds(y, sd=0.001):
+    return turn_bounds(build(x=RHO, y=y), Scatter(variance=sd**2, dof=20.0, source="test"))
+
+
+def test_bounds_of_a_clear_turn_are_its_neighbours():
+    assert bounds(1.7 + 0.5 * np.abs(RHO - 0.6)) == pytest.approx((0.5, 0.7))
+
+
+def test_a_monotone_curve_bounds_its_bottom_on_one_side_only():
+    low, high = bounds(1.7 - 0.1 * RHO)
+    assert (low, high) == (pytest.approx(0.9), None)
+    assert bounds(1.7 + 0.1 * RHO) == (None, pytest.approx(0.2))
+    assert bounds(np.full(10, 1.7) + 1e-5 * RHO) == (None, None)
+
+
+def test_the_bounds_hold_the_turn():
+    missed = 0
+    for seed in range(60):
+        noise = 0.002 * np.random.default_rng(seed).standard_normal(10)
+        low, high = bounds(1.7 + 0.03 * np.abs(RHO - 0.65) + noise, 0.002)
+        missed += (low is not None and low > 0.65) or (high is not None and high < 0.65)
+    assert missed <= 14  # each side errs in 5 % at most: P(more | rate .1) < 1e-3
