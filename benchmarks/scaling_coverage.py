@@ -90,15 +90,15 @@ def scatter(
     x: np.ndarray,
     found: list[tuple[Family, Design, int, np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Variance [S] that the U test takes and its degrees of freedom [S]: residuals of the best family, or of
-    a parabola of either sign.
+    """Variance [S] that the U test takes and its degrees of freedom [S]: residuals of the closest family, or
+    of a parabola of either sign.
     """
     n = len(x)
     powers = np.linalg.qr(np.stack([np.ones(n), x, x**2], axis=1))[0]
     rest = y - (y @ powers) @ powers.T
     rss = np.stack([*(item[4] for item in found), (rest**2).sum(1)])
     free = np.array([*(n - p for _, _, p, _, _ in found), n - 3])
-    best = np.argmin(np.stack([aicc(row, n, n - dof) for row, dof in zip(rss, free, strict=True)]), axis=0)
+    best = np.argmin(rss / free[:, None], axis=0)
     return rss[best, np.arange(len(y))] / free[best], free[best]
 
 
@@ -391,6 +391,16 @@ def cells() -> tuple[Cell, ...]:
                     lambda n, g, a=name, s=sd: u_verdicts(truth(a, RHO), s, n, g),
                 )
             )
+    for sd in SDS:
+        out.append(
+            Cell(
+                "U test, power",
+                f"log-saturating, seven points, SD {sd}",
+                0.0,
+                1.0,
+                lambda n, g, s=sd: u_verdicts(truth("log-saturating", SEVEN), s, n, g, SEVEN),
+            )
+        )
     return tuple(out)
 
 

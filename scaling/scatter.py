@@ -41,9 +41,11 @@ class Scatter:
 
 
 def scatter_of(obs: Observations, fits: Iterable[CurveFit]) -> Scatter:
-    """The known SD, that of replicates, or that of the residuals of the best of `fits`.
+    """The known SD, that of replicates, or that of the residuals of the closest of `fits`.
 
-    A parabola of either sign always competes, so that a hill is not judged by its distance from a constant.
+    The closest has the least residual variance per degree of freedom. AICc would charge a fourth parameter so
+    much at seven or eight points that the misfit of a parabola passed for scatter and hid a U. A parabola of
+    either sign always competes, so that a hill is not judged by its distance from a constant.
     """
     if obs.known:
         return Scatter(variance=1.0, dof=math.inf, source="column loss_sd")
@@ -53,14 +55,14 @@ def scatter_of(obs: Observations, fits: Iterable[CurveFit]) -> Scatter:
         return Scatter(variance=within / inner, dof=float(inner), source=source)
     few = len(obs.cells) < FEW
     candidates = [
-        (m.rss / m.dof if few else m.aicc, m.rss / m.dof, m.dof, m.name)
+        (m.rss / m.dof, m.dof, m.name)
         for m in (*fits, fit_curve(PARABOLA, obs))
         if m.rss is not None and m.aicc is not None and m.dof >= 2
         if m.eligible or (few and m.k <= PARABOLA.parameters)
     ]
     if not candidates:
         return Scatter(variance=0.0, dof=0.0, source="nothing")
-    _, variance, dof, name = min(candidates)
+    variance, dof, name = min(candidates)
     floor = float(obs.weight.mean()) * (1e-12 * max(1.0, float(np.abs(obs.y).max()))) ** 2
     variance = 0.0 if obs.flat else max(variance, floor)
     return Scatter(variance=variance, dof=float(dof), source=f"residuals of {name}", about=name)

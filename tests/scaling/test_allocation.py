@@ -411,3 +411,12 @@ def test_a_u_of_five_points_is_bounded_though_no_curve_may_be_chosen():
     fit = fit_allocation({"rho": rho, "loss": loss})
     assert (fit.u_shape.verdict, fit.optimum.rho) == ("U-shaped", None)
     assert fit.optimum.interval == pytest.approx((0.4, 0.8))
+
+
+def test_the_misfit_of_a_parabola_does_not_pass_for_scatter():
+    """Seven points of an asymmetric curve read off a plot, a deep left arm and a right arm of one point."""
+    rho = [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
+    loss = [1.7248, 1.7205, 1.7163, 1.7128, 1.7109, 1.7122, 1.7160]
+    fit = fit_allocation({"rho": rho, "loss": loss})
+    assert fit.u_shape.verdict == "U-shaped"
+    assert fit.optimum.interval[0] < 0.82 < fit.optimum.interval[1]

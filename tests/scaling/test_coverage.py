@@ -30,7 +30,8 @@ def test_the_simulated_question_is_the_one_the_headline_answers(name):
     for value in (0.82, 0.75, 0.7):
         assert coverage.union_covers(y, value).tolist() == [coverage.holds(pair, value) for pair in ends]
     for fit, pair in zip(fits, ends, strict=True):
-        assert fit.u_shape.verdict != "U-shaped" or fit.optimum.interval == pair
+        if fit.u_shape.verdict == "U-shaped":  # then an end that the union leaves open is closed
+            assert all(own is None or own == end for own, end in zip(pair, fit.optimum.interval, strict=True))
 
 
 def test_the_simulated_end_is_the_one_the_headline_leaves_open():
@@ -41,7 +42,7 @@ def test_the_simulated_end_is_the_one_the_headline_leaves_open():
         fit_allocation({"rho": coverage.RHO, "loss": row}).optimum.interval[1] is None for row in y
     )
     hits = coverage.end_covers(mean, 1.0, 0.001, 8, np.random.default_rng(0))
-    assert hits == open_ends == 8
+    assert hits == open_ends >= 6  # a U is named by chance in .07 at most: P(fewer) < .02
 
 
 def test_a_cell_is_judged_by_exact_binomial_tests():
