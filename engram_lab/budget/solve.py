@@ -15,7 +15,7 @@ from engram_lab.budget.flops import flops_per_token
 from engram_lab.budget.rows import Tolerance, fit_memory
 from engram_lab.errors import UserError
 from engram_lab.model.config import ModelConfig
-from engram_lab.model.engram import EngramConfig
+from engram_lab.model.engram import EngramConfig, MemorySize
 from engram_lab.model.memories import memory_rows, memory_size
 
 TOLERANCE = {"published": Tolerance(2.5e-4, 1e-3), "strict": Tolerance(1e-4, 1e-4)}
@@ -70,11 +70,15 @@ def solve(network: ModelConfig, budget: BudgetConfig, *, sequence_length: int = 
     if experts == most:
         return _allocation(base, base, budget, realised, sequence_length)
     assert network.engram is not None
-    cell = replace(network, ffn=replace(network.ffn, experts=experts))
-    spare = count(base).total - count(replace(cell, engram=None)).total
     pay, tolerance = budget.mode == "strict", TOLERANCE[budget.mode]
+    cell = replace(network, ffn=replace(network.ffn, experts=experts))
+    if pay:
+        cell = _paying(cell, network.engram, _reference(network).products - _products(network))
+    spare = count(base).total - count(replace(cell, engram=None)).total
     memory = fit_memory(network, spare, count(base).total, tolerance, pay=pay, step=budget.rows_step)
     cell = replace(cell, engram=memory)
+    if pay and memory.module == "product_key":  # whose rows come in squares: the shared experts take the rest
+        cell = _paying(cell, memory, (count(base).total - count(cell).total) / len(memory.layers))
     return _allocation(cell, base, budget, realised, sequence_length)
 
 
@@ -92,7 +96,7 @@ def _at_rho_one(network: ModelConfig, budget: BudgetConfig) -> ModelConfig:
         )
     base = replace(network, engram=None)
     if budget.mode == "strict" and memory is not None:
-        base = replace(base, ffn=replace(ffn, shared_hidden=_wider_shared(network, memory)))
+        base = _paying(base, memory, _reference(network).parameters)
     if budget.total_parameters is not None:
         one = count(replace(base, ffn=replace(base.ffn, experts=ffn.top_k + 1))).total
         least = count(replace(base, ffn=replace(base.ffn, experts=ffn.top_k))).total
@@ -111,15 +115,33 @@ def _at_rho_one(network: ModelConfig, budget: BudgetConfig) -> ModelConfig:
     return base
 
 
-def _wider_shared(network: ModelConfig, memory: EngramConfig) -> tuple[int, ...]:
-    """Return each block's shared width when the blocks that would read a memory pay for its projections.
+def _reference(network: ModelConfig) -> MemorySize:
+    """Return what strict cells have beside rows and routed experts: the Engram module of the memory's shape.
+
+    Rivals and controls of that shape are measured by it too, so that they compare with each other.
+    """
+    assert network.engram is not None
+    plain = EngramConfig()
+    module = replace(network.engram, module="engram", gate=plain.gate, conv_kernel=plain.conv_kernel)
+    return memory_size(module, network.d_model, network.streams)
+
+
+def _products(network: ModelConfig) -> int:
+    """Return the products of the network's own memory, or of the reference where its size is solved for."""
+    assert network.engram is not None
+    if network.engram.module in ("mlp", "product_key"):
+        return _reference(network).products
+    return memory_size(network.engram, network.d_model, network.streams).products
+
+
+def _paying(network: ModelConfig, memory: EngramConfig, parameters: float) -> ModelConfig:
+    """Return `network` with shared experts wider by so many parameters where the `memory` is read.
 
     A dense block has no shared expert to widen: the next block with experts pays.
     """
-    if memory.module == "mlp":  # compared with the module it stands in for, at the same rho = 1
-        memory = replace(memory, module="engram")
-    projections = memory_size(memory, network.d_model, network.streams).parameters
-    extra = round(projections / (3 * network.d_model))
+    extra = round(parameters / (3 * network.d_model))
+    if not extra:
+        return network
     dense = network.ffn.leading_dense_layers
     if dense == network.n_layers:
         raise UserError(
@@ -127,9 +149,11 @@ def _wider_shared(network: ModelConfig, memory: EngramConfig) -> tuple[int, ...]
             f"ffn.leading_dense_layers, {dense}, below n_layers."
         )
     payers = [max(layer, dense) for layer in memory.layers]
-    return tuple(
-        network.ffn.shared_width(layer) + extra * payers.count(layer) for layer in range(network.n_layers)
+    widths = tuple(
+        max(0, network.ffn.shared_width(layer) + extra * payers.count(layer))
+        for layer in range(network.n_layers)
     )
+    return replace(network, ffn=replace(network.ffn, shared_hidden=widths))
 
 
 def _allocation(

@@ -72,6 +72,33 @@ def test_strict_cells_have_equal_flops_apart_from_the_router(network):
     assert all((wide.shared_width(n) > plain) == (n in layers) for n in range(network.n_layers))
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"module": "over_encoding", "layers": (0,)},
+        {"module": "amplified", "layers": (0,)},
+        {"module": "per_layer"},
+        {"module": "product_key"},
+        {"module": "mlp"},
+        {"gate": "none"},
+        {"conv_kernel": 0},
+    ],
+    ids=str,
+)
+def test_strict_cells_of_all_modules_and_controls_have_one_total(other):
+    engram = EngramConfig(row_dim=16, heads=4)
+    cells = [
+        solve(replace(QUICKSTART, engram=replace(engram, **changes)), BudgetConfig(rho=rho, mode="strict"))
+        for changes in ({}, other)
+        for rho in (1.0, 0.7, 0.3)
+    ]
+    totals = [cell.total_parameters for cell in cells]
+    assert max(totals) / min(totals) - 1 < 2e-4, totals  # each within 1e-4 of the cell without memory
+    assert totals[0] == totals[3]
+    if other.get("module") not in ("product_key", "mlp"):
+        assert max(abs(cell.flops_mismatch) for cell in cells) < 5e-3
+
+
 def test_the_next_block_with_experts_pays_for_a_memory_in_a_dense_one():
     ffn = replace(QUICKSTART.ffn, leading_dense_layers=2)
     for memory in (
