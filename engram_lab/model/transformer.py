@@ -84,7 +84,8 @@ class Transformer(nn.Module):
 
     `canonical` [V] maps token ids to the ids that are hashed (None: hash token ids themselves) and `eos_id`
     ends a document and pads on the left. `tables`, one a memory layer, are those of `build_tables` unless
-    given: rows may live elsewhere than in this module (memory/).
+    given: rows may live elsewhere than in this module (memory/). Weights are not set before
+    `model.initialise.initialise` or a checkpoint sets them.
     """
 
     def __init__(
