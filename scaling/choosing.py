@@ -83,9 +83,7 @@ def lack_of_fit(fit: CurveFit) -> LackOfFit:
     if fit.rss is None or inner < 1 or outer < 1 or within <= 0:
         return LackOfFit(statistic=None, p_value=None, dof=(max(outer, 0), inner))
     statistic = max(fit.rss - within, 0.0) / outer / (within / inner)
-    return LackOfFit(
-        statistic=statistic, p_value=1 - f_cdf(outer, inner, statistic), dof=(outer, inner)
-    )
+    return LackOfFit(statistic=statistic, p_value=1 - f_cdf(outer, inner, statistic), dof=(outer, inner))
 
 
 def leave_one_out(fit: CurveFit) -> float | None:
