@@ -24,7 +24,8 @@ class TextConfig:
     source: str | tuple[str, ...] = SOTU
     """"sotu" (the State of the Union addresses, in the package), or one or several files or folders: .txt
     (one document a file, or several with <|endoftext|> between them), .jsonl, .jsonl.gz, .jsonl.xz,
-    .jsonl.zst (one a line) or .parquet (one a row)."""
+    .jsonl.zst (one a line) or .parquet (one a row). Or one folder of finished shards, taken from `cache_dir`
+    here or on another machine: it is opened as it is, and the text itself is not needed."""
     tokenizer: str | None = None
     """Path of a tokenizer.json. None trains a byte-level BPE on the training documents."""
     vocab_size: int | None = None

@@ -12,7 +12,7 @@ from engram_lab.text.build import Progress, build_shards, check_vocabulary
 from engram_lab.text.cache import build_once
 from engram_lab.text.config import TextConfig
 from engram_lab.text.corpora import Source, find_source
-from engram_lab.text.shards import FORMAT, TokenCorpus, file_sha256
+from engram_lab.text.shards import FORMAT, RECORD, TokenCorpus, file_sha256
 from engram_lab.text.vocabulary import load_tokenizer, size_of
 
 
@@ -29,7 +29,8 @@ def prepare(config: TextConfig, progress: Progress | None = None) -> TokenCorpus
     """Return the token shards of a configuration, building them if nobody has.
 
     Shards are found by what the sources hold and by the configuration. Processes that ask at once build once;
-    a build that dies leaves nothing behind that the next one would take for finished.
+    a build that dies leaves nothing behind that the next one would take for finished. A source that is itself
+    a folder of shards is opened where it lies: what one machine has built, another uses without the text.
 
     Args:
         config: What to read and how.
@@ -38,6 +39,8 @@ def prepare(config: TextConfig, progress: Progress | None = None) -> TokenCorpus
     Raises:
         UserError: input that cannot be used, a cache that cannot be written, or shards that were damaged.
     """
+    if (finished := _finished_shards(config)) is not None:
+        return finished
     report = progress or (lambda stage, share: None)
     source = find_source(config.sources)
     entry = Path(config.cache_dir).expanduser() / _key(config, source)
@@ -61,6 +64,8 @@ def look_ahead(config: TextConfig) -> UnreadText:
     Raises:
         UserError: a tokenizer that cannot be read, or that has another size than the one asked for.
     """
+    if (finished := _finished_shards(config)) is not None:
+        return UnreadText(vocab_size=finished.vocab_size)
     if config.tokenizer is not None:
         found = size_of(load_tokenizer(Path(config.tokenizer).expanduser()))
         check_vocabulary(config, found)
@@ -71,6 +76,35 @@ def look_ahead(config: TextConfig) -> UnreadText:
         if entry.exists():
             return UnreadText(vocab_size=TokenCorpus(entry).vocab_size)
     return UnreadText(vocab_size=config.target_vocab_size)
+
+
+def _finished_shards(config: TextConfig) -> TokenCorpus | None:
+    """Return the shards in the folder that `source` names, or None where it names documents.
+
+    Raises:
+        UserError: shards of another format, or settings that shards already made cannot follow.
+    """
+    folder = Path(config.sources[0]).expanduser()
+    if len(config.sources) > 1 or not (folder / RECORD).is_file():
+        return None
+    corpus = TokenCorpus(folder)
+    made = f"the shards in {folder} are finished"
+    if corpus.record.format != FORMAT:
+        raise UserError(f"{made} in format {corpus.record.format}; this version reads {FORMAT}: build anew.")
+    if config.tokenizer is not None:
+        raise UserError(
+            f"tokenizer = {config.tokenizer!r}: {made} with a tokenizer of their own; leave it out."
+        )
+    if config.validation_fraction != TextConfig.validation_fraction:
+        raise UserError(
+            f"validation_fraction = {config.validation_fraction}: {made} and split; leave it out."
+        )
+    if config.vocab_size not in (None, corpus.vocab_size):
+        raise UserError(
+            f"vocab_size = {config.vocab_size}: {made} with {corpus.vocab_size} ids; "
+            "write that or leave it out."
+        )
+    return corpus
 
 
 def _key(config: TextConfig, source: Source) -> str:

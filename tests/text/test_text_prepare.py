@@ -1,15 +1,18 @@
 import dataclasses
 import math
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from text_samples import write_jsonl
 
 from engram_lab.errors import UserError
-from engram_lab.text import TextConfig, prepare
+from engram_lab.text import TextConfig, look_ahead, prepare
+from engram_lab.text.shards import FORMAT
 from engram_lab.text.split import document_hash
 from engram_lab.text.vocabulary import load_tokenizer
 
@@ -90,6 +93,46 @@ def test_a_second_call_builds_nothing(small):
     stages.clear()
     assert prepare(small, lambda stage, share: stages.append((stage, share))).path == first.path
     assert not stages
+
+
+def test_finished_shards_are_opened_elsewhere_without_their_text(small, tmp_path):
+    built = prepare(small)
+    carried = tmp_path / "elsewhere"
+    shutil.copytree(built.path, carried)
+    Path(small.source).unlink()
+    there = TextConfig(source=str(carried), vocab_size=400, cache_dir=str(tmp_path / "no cache"))
+    opened = prepare(there)
+    assert opened.path == carried
+    assert opened.data_hash == built.data_hash
+    assert opened.train.tolist() == built.train.tolist()
+    assert look_ahead(dataclasses.replace(there, vocab_size=None)).vocab_size == 400
+    assert not (tmp_path / "no cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"vocab_size": 500}, "vocab_size = 500: the shards in .* are finished with 400 ids"),
+        ({"tokenizer": "own.json"}, "tokenizer = 'own.json': .* a tokenizer of their own"),
+        ({"validation_fraction": 0.1}, "validation_fraction = 0.1: .* and split"),
+    ],
+)
+def test_settings_that_finished_shards_cannot_follow_are_refused(small, changes, sentence):
+    shards = str(prepare(small).path)
+    with pytest.raises(UserError, match=sentence):
+        prepare(TextConfig(source=shards, **changes))
+
+
+def test_finished_shards_of_another_format_or_damaged_are_refused(small, tmp_path, monkeypatch):
+    shards = prepare(small).path
+    with monkeypatch.context() as newer:
+        newer.setattr(sys.modules["engram_lab.text.prepare"], "FORMAT", FORMAT + 1)
+        with pytest.raises(UserError, match=f"in format {FORMAT}; this version reads {FORMAT + 1}"):
+            prepare(TextConfig(source=str(shards)))
+    ids = np.load(shards / "train.npy")
+    np.save(shards / "train.npy", np.roll(ids, 1))
+    with pytest.raises(UserError, match="is damaged"):
+        prepare(TextConfig(source=str(shards)))
 
 
 def test_a_given_tokenizer_is_used_as_it_is(small, deepseek, paragraphs):
