@@ -2,6 +2,8 @@
 
 A program keeps many small reads under way at once, which is what the bus needs: on an H100 a handful of
 programs reach all that it can do (27 million rows/s whatever their size), so the other processors compute on.
+A decoding step has few rows and a whole block to hide them behind: the fewer programs read them, the fewer
+processors a matrix product beside them has to do without.
 
 Shapes: n rows, W 4-byte words of one record, U row width, K slots of the index.
 """
@@ -18,7 +20,13 @@ from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.resident import FLOAT8_BLOCK
 
 PROGRAMS = 16
+"""At most so many programs read over the bus."""
+SHARE = 1024
+"""Rows that are worth another of them."""
 ROWS = 32
+"""Rows that a program has under way at once."""
+DECODED = 32
+"""Rows that a program decodes."""
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -95,7 +103,8 @@ def gather(records: Tensor, ids: Tensor, out: Tensor, hot: HotRows | None = None
     if n == 0:
         return
     index = (ids, ids, ids) if hot is None else (hot.keys, hot.places, hot.records.view(torch.int32))
-    _gather[(min(PROGRAMS, triton.cdiv(n, ROWS)),)](
+    programs = triton.cdiv(n, ROWS) if records.is_cuda else min(PROGRAMS, triton.cdiv(n, SHARE))
+    _gather[(programs,)](
         ids,
         records.view(torch.int32),
         out.view(torch.int32),
@@ -116,7 +125,7 @@ def decode_float8(layout: RecordLayout, records: Tensor, out: Tensor) -> None:
     n, U = out.shape
     if n == 0:
         return
-    _float8[(triton.cdiv(n, ROWS),)](
+    _float8[(triton.cdiv(n, DECODED),)](
         records,
         out,
         n,
@@ -125,5 +134,5 @@ def decode_float8(layout: RecordLayout, records: Tensor, out: Tensor) -> None:
         U=U,
         U_PADDED=triton.next_power_of_2(U),
         BLOCK=U if layout.weights == "float8_row" else FLOAT8_BLOCK,
-        ROWS=ROWS,
+        ROWS=DECODED,
     )

@@ -13,7 +13,8 @@ Shapes: B batch, T length, H hash heads, U row width, n = B T H rows, S bytes of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -82,22 +83,21 @@ class ServingTable(nn.Module):
         What it returns gives [B, T, H * U] in `dtype` on `device`, ready for the current stream. It must be
         called, on the stream that began.
         """
-        shape = (*addresses.shape[:-1], addresses.shape[-1] * self.layout.row_dim)
         flat = addresses.reshape(-1)
-        if self.device.type != "cuda":
-            reading = self._thread.submit(self._read, flat)
-            return lambda: reading.result().to(self.device).reshape(shape)
-        out = torch.empty((len(flat), self.layout.row_dim), dtype=self.dtype, device=self.device)
-        records = torch.empty((len(flat), self.layout.record_bytes), dtype=torch.uint8, device=self.device)
-        by_kernel = self._by_kernel(len(flat))
-        used = (flat.to(self.device) if by_kernel else flat, records, out)
-        arrived = (self._begin_kernel if by_kernel else self._begin_threads)(*used)
+        if self.device.type != "cuda" or not self._by_kernel(len(flat)):
+            on_device = flat if flat.is_cuda else None
+            return self._begin_threads(lambda: flat.to("cpu", torch.int64), addresses.shape, on_device)
+        ids = flat.to(self.device)
+        records, out = self._room(len(flat))
+        return self._joining(self._begin_kernel(ids, records, out), out, (ids, records), addresses.shape)
 
-        def join(used: tuple[Tensor, ...] = used) -> Tensor:  # holds what the side streams use until then
-            torch.cuda.current_stream(self.device).wait_event(arrived())
-            return used[-1].view(shape)
+    def begin_found(self, find: Callable[[], Tensor], shape: Sequence[int]) -> Callable[[], Tensor]:
+        """As `begin`, for row numbers of a `shape` that are still to be found.
 
-        return join
+        `find` gives them on the CPU; it is called on the table's thread, so that hashing many ids there does
+        not keep the network waiting. For rows that do not lie on the device.
+        """
+        return self._begin_threads(lambda: find().reshape(-1).long(), shape, None)
 
     def close(self) -> None:
         """End the thread; the store is its owner's to close."""
@@ -112,8 +112,26 @@ class ServingTable(nn.Module):
     def _read(self, ids: Tensor) -> Tensor:
         """Return rows [n, U] where the network computes on the CPU."""
         records = torch.empty((len(ids), self.layout.record_bytes), dtype=torch.uint8)
-        self.store.read(ids.long(), records)
+        self.store.read(ids, records)
         return self.layout.decode(records).to(self.dtype)
+
+    def _room(self, n: int) -> tuple[Tensor, Tensor]:
+        """Return space on the device for n records and what they decode to."""
+        records = torch.empty((n, self.layout.record_bytes), dtype=torch.uint8, device=self.device)
+        return records, torch.empty((n, self.layout.row_dim), dtype=self.dtype, device=self.device)
+
+    def _joining(
+        self,
+        arrived: Callable[[], torch.cuda.Event],
+        out: Tensor,
+        used: tuple[Tensor | None, ...],
+        shape: Sequence[int],
+    ) -> Callable[[], Tensor]:
+        def join(used: tuple[Tensor | None, ...] = used) -> Tensor:  # holds what side streams use until then
+            torch.cuda.current_stream(self.device).wait_event(arrived())
+            return out.view(*shape[:-1], shape[-1] * self.layout.row_dim)
+
+        return join
 
     def _begin_kernel(self, ids: Tensor, records: Tensor, out: Tensor) -> Callable[[], torch.cuda.Event]:
         assert self._records is not None
@@ -125,31 +143,40 @@ class ServingTable(nn.Module):
             arrived.record()
         return lambda: arrived
 
-    def _begin_threads(self, ids: Tensor, records: Tensor, out: Tensor) -> Callable[[], torch.cuda.Event]:
+    def _begin_threads(
+        self, find: Callable[[], Tensor], shape: Sequence[int], ids: Tensor | None
+    ) -> Callable[[], Tensor]:
+        """Read rows that `find` gives on the CPU (int64 [n]), or `ids` [n] where CUDA has them."""
+        n = math.prod(shape)
+        if self.device.type != "cuda":
+            reading = self._thread.submit(lambda: self._read(find()))
+            width = shape[-1] * self.layout.row_dim
+            return lambda: reading.result().to(self.device).reshape(*shape[:-1], width)
         slot = self._slots[self._turn % SLOTS]
         self._turn += 1
-        slot.reserve(len(ids), self.layout.record_bytes)
+        slot.reserve(n, self.layout.record_bytes)
+        records, out = self._room(n)
         told, arrived = torch.cuda.Event(), torch.cuda.Event()
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        if ids.is_cuda:
+        if ids is not None:
             self._back.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._back):
-                slot.ids[: len(ids)].copy_(ids, non_blocking=True)
+                slot.ids[:n].copy_(ids, non_blocking=True)
                 told.record()
 
         def fetch() -> torch.cuda.Event:
-            if ids.is_cuda:
+            if ids is not None:
                 told.synchronize()
-            self.store.read(slot.ids[: len(ids)] if ids.is_cuda else ids.long(), slot.records)
+            self.store.read(find() if ids is None else slot.ids[:n], slot.records)
             with torch.cuda.stream(self._stream):
-                records.copy_(slot.records[: len(records)], non_blocking=True)
+                records.copy_(slot.records[:n], non_blocking=True)
                 slot.copied.record()
                 self._decode(records, out)
                 arrived.record()
             return arrived
 
         slot.fetching = self._thread.submit(fetch)
-        return slot.fetching.result
+        return self._joining(slot.fetching.result, out, (ids, records), shape)
 
     def _decode(self, records: Tensor, out: Tensor) -> None:
         if "codes" in self.layout.places and gather_triton is not None:

@@ -83,6 +83,35 @@ def test_begin_does_not_wait_for_the_rows_and_readings_keep_their_order() -> Non
         assert torch.equal(join(), resident(batch).detach())
 
 
+def test_row_numbers_may_be_found_on_the_tables_thread() -> None:
+    resident, layout, records = filled("float8", 40)
+    table = ServingTable(stored(records), layout, device=CPU)
+    batches, found, gate = torch.randint(ROWS, (3, 2, 5, 4), dtype=torch.int32), [], threading.Event()
+
+    def find(batch: int) -> Tensor:
+        assert gate.wait(10)
+        found.append(threading.current_thread())
+        return batches[batch]
+
+    joins = [table.begin_found(lambda b=b: find(b), (2, 5, 4)) for b in range(3)]
+    gate.set()
+    for batch, join in zip(batches, joins, strict=True):
+        assert torch.equal(join(), resident(batch).detach())
+    assert len(set(found)) == 1
+    assert found[0] is not threading.current_thread()
+
+
+def test_an_error_in_finding_row_numbers_is_raised_at_the_join() -> None:
+    _, layout, records = filled("float32", 8)
+
+    def find() -> Tensor:
+        raise ValueError("no such token")
+
+    join = ServingTable(stored(records), layout, device=CPU).begin_found(find, (1, 1, 4))
+    with pytest.raises(ValueError, match="no such token"):
+        join()
+
+
 def test_a_row_that_does_not_exist_is_an_error_at_the_join() -> None:
     _, layout, records = filled("float32", 8)
     join = ServingTable(stored(records), layout, device=CPU).begin(torch.full((1, 1, 2), ROWS))
@@ -129,6 +158,8 @@ def test_on_a_gpu_every_path_reads_the_same(
     for shape in ((1, 1, 4), (3, 700, 4), (2, 5, 4), (2, 900, 4), (1, 1, 4)):
         addresses = torch.randint(ROWS, shape, device=device, dtype=torch.int32)
         joins = [table.begin(addresses), table.begin(addresses.cpu())]
+        if host:
+            joins.append(table.begin_found(addresses.cpu, shape))
         for join in joins:
             assert torch.equal(join(), resident(addresses).detach())
     table.close()
