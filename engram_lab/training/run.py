@@ -25,6 +25,7 @@ from engram_lab.training.callbacks import Interrupted, Progress, StopRequest
 from engram_lab.training.fit import RunResult, fit
 from engram_lab.training.module import Diverged
 from engram_lab.training.preflight import preflight
+from engram_lab.training.together import following, leading
 
 
 def run_directory(recipe: Recipe, identity: str) -> Path:
@@ -93,11 +94,12 @@ def train(
     run = resolve(recipe, corpus)
     preflight(run, corpus)
     directory = run_directory(recipe, run.identity)
-    leader = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
     described = columns(run, {"data_hash": corpus.data_hash, **(tags or {})})
-    with _claimed(directory) if leader else contextlib.nullcontext():
-        if not leader:
+    if rank:
+        with following(directory, rank):
             return fit(run, corpus, directory, None, observer, stop, progress_bar)
+    with _claimed(directory):
         known = read_result(directory)
         record = tracking.open_run(
             recipe.tracking.uri,
@@ -115,7 +117,8 @@ def train(
         write_atomically(directory / "recipe.yaml", resolved)
         try:
             record.log_text(resolved, "recipe.yaml")
-            result = fit(run, corpus, directory, record, observer, stop, progress_bar)
+            with leading(directory, record.fail):
+                result = fit(run, corpus, directory, record, observer, stop, progress_bar)
         except Diverged as error:
             record.fail(f"diverged: {error}")
             raise

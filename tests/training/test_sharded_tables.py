@@ -47,18 +47,36 @@ def recipe(tiny: dict[str, Any], folder: Path, memory: dict[str, Any], processes
     )
 
 
-FULL_DISK = """
-import sys
+IMPATIENT = """
+import os, sys
 from engram_lab import cli
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+_ChildProcessObserver.__init__.__defaults__ = (0.02,)  # kills the first process when another one fails
+{failure}
+sys.exit(cli.main())
+"""
+
+FULL_DISK = """
 from engram_lab.memory import row_checkpoint
 
 def write(path, step, *given, write=row_checkpoint.write, **options):
-    if path.name == "step=6.rank=1.rows":
+    if path.name == "step=6.rank={rank}.rows":
         raise OSError(28, "No space left on device")
     return write(path, step, *given, **options)
 
 row_checkpoint.write = write
-sys.exit(cli.main())
+"""
+
+BROKEN = """
+from engram_lab.memory.sharded import ShardedPipeline
+
+def begin(self, step, begin=ShardedPipeline.begin):
+    if step == 7 and self.peers.rank == {rank}:
+        raise ValueError("nobody expected this")
+    begin(self, step)
+
+ShardedPipeline.begin = begin
 """
 
 
@@ -183,12 +201,32 @@ def test_two_processes_end_as_one(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_that_cannot_save_its_rows_ends_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("failure", "rank", "says"),
+    [
+        (FULL_DISK, 1, "error: The table rows of step 6 cannot be saved in "),
+        (FULL_DISK, 0, "error: The table rows of step 6 cannot be saved in "),
+        (BROKEN, 1, "error: process 1 of the run failed with ValueError: nobody expected this"),
+    ],
+    ids=["second", "first", "unexpected"],
+)
+def test_a_process_that_fails_ends_the_run_with_its_own_words(
+    tiny: dict[str, Any], tmp_path: Path, failure: str, rank: int, says: str
+) -> None:
     wanted = recipe(tiny, tmp_path / "run", SHARDED, 2)
     directory = run_directory(wanted, resolve(wanted, prepare(wanted.text)).identity)
-    process = start(wanted, tmp_path / "run", FULL_DISK)
+    process = start(wanted, tmp_path / "run", IMPATIENT.format(failure=failure.format(rank=rank)))
     errors = finish(process)
-    assert process.returncode not in (0, None), errors
-    assert "The table rows of step 6 cannot be saved" in errors
-    assert [f.name for f in directory.glob("checkpoints/*.ckpt")] == ["step=3.ckpt"]
+    assert process.returncode == 2, errors
+    told = [line for line in errors.splitlines() if "rror: " in line and not line.startswith("ValueError")]
+    assert len(told) == 1, errors
+    assert told[0].startswith(says)
+    assert errors.count("Traceback") == (failure is BROKEN), errors
+    assert [f.name for f in directory.glob("checkpoints/*.ckpt")] == [
+        "step=6.ckpt" if failure is BROKEN else "step=3.ckpt"
+    ]
     assert json.loads((directory / "seconds").read_text()) > 0
+    client = MlflowClient(wanted.tracking.uri)
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FAILED"
+    assert says.removeprefix("error: ") in run.data.tags["reason"]
