@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engram_lab.memory.lookup import ServingTable
 from engram_lab.model.engram import Engram
+from engram_lab.model.graphs import captured
 from engram_lab.model.hashing import NgramHash
 from engram_lab.model.rope import frequencies, rope_tables, rotate
 from engram_lab.model.torch_hash import TorchNgramHash
@@ -80,26 +81,66 @@ class Memory:
     hash: TorchNgramHash
     table: ServingTable
     module: Engram
-    host_hash: bool
-    """Hash prompts on the CPU, so that their rows are on the way before the device gets to them."""
+    far: bool
+    """The rows lie where the device does not: prompts are hashed on the CPU, so that their rows are on the
+    way before the device gets to them."""
 
     def begin(self, prompt: Prompt) -> Callable[[], Tensor]:
         """Begin the look-up of a prompt."""
-        if self.host_hash:
-            return self.table.begin(torch.from_numpy(self.rule.addresses(prompt.text)[0]))
+        if self.far:
+            shape = (*prompt.text.shape, self.rule.primes.shape[1])
+            return self.table.begin_found(
+                lambda: torch.from_numpy(self.rule.addresses(prompt.text)[0]), shape
+            )
         return self.table.begin(self.hash(prompt.ids)[0])
 
-    def begin_next(self, ids: Tensor, history: Tensor) -> Callable[[], Tensor]:
-        """Begin the look-up of the next ids [B, 1] after `history` [B, 2]."""
-        return self.table.begin(self.hash(ids, history)[0])
+    def addresses(self, batch: Batch) -> Tensor:
+        """Return the row numbers [B, 1, H] that the batch's next ids read."""
+        rows: Tensor = self.hash(batch.ids, batch.history)[0]
+        return rows
+
+
+class Batch:
+    """What decoding `size` sequences carries from step to step, for at most `steps` steps.
+
+    They may have `longest` tokens; their memory reads `heads` rows of `row_dim` values for each.
+    """
+
+    def __init__(
+        self, backbone: Backbone, size: int, longest: int, steps: int, heads: int, row_dim: int
+    ) -> None:
+        shape, device, dtype = backbone.shape, backbone.device, backbone.dtype
+        self.keys, self.values = (
+            torch.zeros(
+                shape.layers, size, shape.kv_heads, longest, shape.head_width, device=device, dtype=dtype
+            )
+            for _ in range(2)
+        )
+        self.rows = torch.arange(size, device=device)
+        self.ids = torch.zeros(size, 1, dtype=torch.int64, device=device)
+        self.history = torch.zeros(size, 2, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
+        self.state = torch.zeros(size, 9, 1, shape.width, device=device, dtype=dtype)
+        self.logits = torch.zeros(size, shape.vocab, device=device, dtype=dtype)
+        self.chosen = torch.zeros(size, dtype=torch.int64, device=device)
+        self.coming = torch.zeros(steps, size, dtype=torch.int64, device=device)
+        """Ids that continue the sequences, [steps, B]: given ones rather than chosen ones, since random
+        weights would repeat a few, and so their rows."""
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.addresses = torch.zeros(size, 1, heads, dtype=torch.int32, device=device)
+        self.reading = torch.zeros(size, 1, heads * row_dim, device=device, dtype=dtype)
+
+    def feed(self, coming: Tensor) -> None:
+        """Take the ids [n, B] that continue the prompts taken in, for n - 1 steps."""
+        self.ids.copy_(coming[:1].T)
+        self.coming[: len(coming) - 1] = coming[1:]
+        self.step.zero_()
 
 
 class Backbone:
-    """Weights and cache of one decoder; `batch` sequences of at most `longest` tokens are decoded at once."""
+    """Weights of one decoder."""
 
-    def __init__(
-        self, shape: Shape, batch: int, longest: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, shape: Shape, longest: int, device: torch.device, dtype: torch.dtype) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
         D, W, K = shape.width, shape.head_width, shape.kv_heads
         heads = shape.heads + 2 * K
@@ -114,25 +155,16 @@ class Backbone:
         self.up = [matrix(2 * shape.hidden, D) for _ in range(shape.layers)]
         self.down = [matrix(D, shape.hidden) for _ in range(shape.layers)]
         self.norm = torch.ones(D, device=device, dtype=dtype)
-        self.keys, self.values = (
-            torch.zeros(shape.layers, batch, K, longest, W, device=device, dtype=dtype) for _ in range(2)
-        )
         positions = torch.arange(longest, device=device)
         self.cos, self.sin = rope_tables(positions, frequencies(W, 1e6, None, device), dtype)
-        self.rows = torch.arange(batch, device=device)
-
-        # What decoding carries from step to step.
-        self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.history = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.state = torch.zeros(batch, 9, 1, D, device=device, dtype=dtype)
-        self.logits = torch.zeros(batch, shape.vocab, device=device, dtype=dtype)
-        self.chosen = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.coming = torch.zeros(1, batch, dtype=torch.int64, device=device)
-        self.step = torch.zeros(1, dtype=torch.int64, device=device)
 
     def prefill(
-        self, prompt: Prompt, first: int, memory: Memory | None, join: Callable[[], Tensor] | None = None
+        self,
+        batch: Batch,
+        prompt: Prompt,
+        first: int,
+        memory: Memory | None,
+        join: Callable[[], Tensor] | None = None,
     ) -> None:
         """Take in sequences of equal length as numbers first, ..., first + B - 1 of the batch.
 
@@ -146,38 +178,49 @@ class Backbone:
         rope = self.cos[:T], self.sin[:T]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.keys[layer, mine, :, :T], self.values[layer, mine, :, :T] = k, v
+            batch.keys[layer, mine, :, :T], batch.values[layer, mine, :, :T] = k, v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        h = self._blocks(F.embedding(ids, self.embedding), rope, attend, memory, join, None, mine)
-        self.logits[mine] = self._predict(h[:, -1:])
-        self.lengths[mine] = T
-        self.history[mine] = ids[:, -2:]
+        h, state = self._blocks(F.embedding(ids, self.embedding), rope, attend, memory, join, None)
+        if state is not None:
+            batch.state[mine] = state
+        batch.logits[mine] = self._predict(h[:, -1:])
+        batch.lengths[mine] = T
+        batch.history[mine] = ids[:, -2:]
 
-    def decode(self, memory: Memory | None) -> None:
-        """Compute the next position of every sequence in place; nothing here asks the host."""
-        join = None if memory is None else memory.begin_next(self.ids, self.history)
-        rope = self.cos[self.lengths][:, None, None], self.sin[self.lengths][:, None, None]
+    def decode(self, batch: Batch, memory: Memory | None, *, ahead: bool = False) -> None:
+        """Compute the next position of every sequence in place; nothing here asks the host.
+
+        The look-up begins here, or, `ahead`, has ended before, in `batch.reading`; then `batch.addresses`
+        are in the end those of the next step.
+        """
+        join: Callable[[], Tensor] | None = None
+        if memory is not None:
+            join = (lambda: batch.reading) if ahead else memory.table.begin(memory.addresses(batch))
+        rope = self.cos[batch.lengths][:, None, None], self.sin[batch.lengths][:, None, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]
-            keys[self.rows, :, self.lengths] = k[:, :, 0]
-            values[self.rows, :, self.lengths] = v[:, :, 0]
+            keys, values = batch.keys[layer], batch.values[layer]
+            keys[batch.rows, :, batch.lengths] = k[:, :, 0]
+            values[batch.rows, :, batch.lengths] = v[:, :, 0]
             if q.is_cuda and decode_attention is not None:
-                return decode_attention(q, keys, values, self.lengths)
-            mask = torch.arange(keys.shape[2], device=q.device) <= self.lengths[:, None]
+                return decode_attention(q, keys, values, batch.lengths)
+            mask = torch.arange(keys.shape[2], device=q.device) <= batch.lengths[:, None]
             return F.scaled_dot_product_attention(q, keys, values, mask[:, None, None], enable_gqa=True)
 
-        h = self._blocks(
-            F.embedding(self.ids, self.embedding), rope, attend, memory, join, self.state, slice(None)
+        h, state = self._blocks(
+            F.embedding(batch.ids, self.embedding), rope, attend, memory, join, batch.state
         )
-        self.logits.copy_(self._predict(h))
-        self.chosen.copy_(self.logits.argmax(-1))
-        self.history.copy_(torch.cat([self.history[:, 1:], self.ids], dim=1))
-        # Drawn tokens rather than chosen ones: random weights would repeat a few, and so their rows.
-        self.ids.copy_(self.coming.index_select(0, self.step).T)
-        self.lengths += 1
-        self.step += 1
+        if memory is not None:
+            batch.state.copy_(state)
+        batch.logits.copy_(self._predict(h))
+        batch.chosen.copy_(batch.logits.argmax(-1))
+        batch.history.copy_(torch.cat([batch.history[:, 1:], batch.ids], dim=1))
+        batch.ids.copy_(batch.coming.index_select(0, batch.step).T)
+        batch.lengths += 1
+        batch.step += 1
+        if memory is not None and ahead:
+            batch.addresses.copy_(memory.addresses(batch))
 
     def _predict(self, h: Tensor) -> Tensor:
         return F.linear(F.rms_norm(h[:, 0], self.norm.shape, self.norm, EPS), self.head)
@@ -190,14 +233,12 @@ class Backbone:
         memory: Memory | None,
         join: Callable[[], Tensor] | None,
         state: Tensor | None,
-        mine: slice,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         shape = self.shape
         for layer in range(shape.layers):
             if layer == MODULE_BLOCK and memory is not None and join is not None:
                 update, state = memory.module.step(h, join(), state)
                 h = h + update
-                self.state[mine] = state
             x = F.rms_norm(h, self.norm.shape, self.norm, EPS)
             heads = F.linear(x, self.qkv[layer]).unflatten(-1, (-1, shape.head_width)).transpose(1, 2)
             q, k, v = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
@@ -207,4 +248,42 @@ class Backbone:
                 2, dim=-1
             )
             h = h + F.linear(F.silu(gate) * up, self.down[layer])
-        return h
+        return h, state
+
+
+class Lane:
+    """One batch on its way: decodes a step at a time, from a CUDA graph where there is a GPU.
+
+    Where the rows are read by threads (`ahead`), those of the next step are asked for as soon as a step's ids
+    are known, and taken when the step begins. Two lanes that take turns so have each other's step for it.
+    """
+
+    def __init__(self, backbone: Backbone, batch: Batch, memory: Memory | None, *, ahead: bool) -> None:
+        self.batch, self.memory, self.ahead = batch, memory, ahead and memory is not None
+        self._join: Callable[[], Tensor] | None = None
+        self._compute = captured(lambda: backbone.decode(batch, memory, ahead=self.ahead), backbone.device)
+
+    def start(self) -> None:
+        """Ask for the rows of the first step."""
+        if self.ahead:
+            assert self.memory is not None
+            self.batch.addresses.copy_(self.memory.addresses(self.batch))
+            self._ask()
+
+    def step(self) -> None:
+        """Decode one token of every sequence."""
+        if self._join is not None:
+            self.batch.reading.copy_(self._join())
+        self._compute()
+        if self.ahead:
+            self._ask()
+
+    def finish(self) -> None:
+        """Take the rows that no step will."""
+        if self._join is not None:
+            self._join()
+            self._join = None
+
+    def _ask(self) -> None:
+        assert self.memory is not None
+        self._join = self.memory.table.begin(self.batch.addresses)

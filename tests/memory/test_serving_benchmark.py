@@ -1,4 +1,4 @@
-"""The benchmark of serving runs from end to end, and its decoding equals its prefill."""
+"""The benchmarks of serving run from end to end, and their decoding equals their prefill."""
 
 import json
 import subprocess
@@ -10,21 +10,47 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("options", [[], ["--ahead", "--prefill-hash", "device"]], ids=["usual", "ahead"])
-def test_rehearsal(tmp_path: Path, options: list[str]) -> None:
-    out = tmp_path / "serving.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), "--rehearse", "--out", str(out)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT)
+def rehearse(script: str, out: Path, *options: str) -> dict:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--rehearse", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+def test_every_part_of_the_benchmark_runs(tmp_path: Path) -> None:
+    parts = ("check", "sweep", "pairs", "turns", "timelines")
+    result = rehearse("serving.py", tmp_path / "serving.json", "--none-every", "2", "--parts", *parts)
     tiny = result["backbones"]["tiny"]
-    assert len(tiny["pairs"]) == 3
+    assert "failed" not in tiny
+    assert len(tiny["pairs"]) == len(tiny["turns"]["pairs"]) == 3
+    assert set(tiny["decode_error"]) == {"none", "small", "host", "host ahead"}
     assert max(tiny["decode_error"].values()) < 1e-3
-    for name in ("module", "look_up", "all"):
+    for name, pairs in (("module", 2), ("look_up", 3), ("all", 2)):
         for part in ("together", "prefill", "decode"):
             loss = tiny[name][part]
             assert loss["low"] <= loss["loss_percent"] <= loss["high"] < 100
-    assert tiny["all"]["decode"]["loss_percent"] == pytest.approx(
-        sum(100 * (1 - p["none"]["decode"] / p["host"]["decode"]) for p in tiny["pairs"]) / 3
+            assert loss["pairs"] == pairs
+    assert tiny["look_up"]["decode"]["loss_percent"] == pytest.approx(
+        sum(100 * (1 - p["small"]["decode"] / p["host"]["decode"]) for p in tiny["pairs"]) / 3
     )
     assert result["table_bytes"] == result["table_rows"]["host"] * 84
+
+
+def test_a_table_on_disk_is_served_cold_and_again(tmp_path: Path) -> None:
+    options = ("--directory", str(tmp_path), "--kept", "1.0")
+    result = rehearse("serving_disk.py", tmp_path / "disk.json", *options)
+    assert result["decode_error"] < 1e-3
+    assert [pair["regime"] for pair in result["pairs"]] == ["cold", "new text", "new text", "again", "again"]
+    rows = [pair["rows"]["prefill"] for pair in result["pairs"]]
+    assert all(row["missing"] == row["rows"] * (1 - row["hit_rate"]) for row in rows)
+    assert rows[0]["hit_rate"] < rows[2]["hit_rate"] < rows[3]["hit_rate"]
+    assert set(result["summary"]) == {"cold", "new text", "again"}
+
+
+def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    # Of -1 steps there is no first token.
+    out = tmp_path / "serving.json"
+    result = rehearse("serving.py", out, "--parts", "turns", "check", "--turn-steps", "-1")
+    tiny = result["backbones"]["tiny"]
+    assert set(tiny["failed"]) == {"turns"}
+    assert max(tiny["decode_error"].values()) < 1e-3

@@ -1,0 +1,136 @@
+"""Timing of prefill and decoding, way by way, and what a way loses against another."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from serving_backbone import Backbone, Batch, Lane, Memory, Prompt
+from torch import Tensor
+
+Prompts = Sequence[Prompt]
+"""Chunks that fill one batch, each of equally long sequences."""
+BOTH = ("prefill", "decode")
+
+
+def finish(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Runner:
+    """Prefills and decodes batches that take turns on one backbone, each way.
+
+    `ahead` names the ways whose decoding reads rows by threads, a step ahead.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        memories: dict[str, Memory | None],
+        batches: Sequence[Batch],
+        ahead: Sequence[str] = (),
+    ) -> None:
+        self.backbone, self.memories, self.batches = backbone, memories, batches
+        self.lanes = {
+            way: [Lane(backbone, batch, memory, ahead=way in ahead) for batch in batches]
+            for way, memory in memories.items()
+        }
+
+    def prefill(self, way: str, prompts: Sequence[Prompts]) -> float:
+        """Return the seconds of taking in the prompts of every batch; look-ups begin a chunk ahead."""
+        memory = self.memories[way]
+        jobs = [
+            (batch, prompt, number * len(prompt.ids))
+            for batch, chunks in zip(self.batches, prompts, strict=True)
+            for number, prompt in enumerate(chunks)
+        ]
+        joins: list[Any] = []
+        finish(self.backbone.device)
+        started = time.perf_counter()
+        for number, (batch, prompt, first) in enumerate(jobs):
+            if memory is not None:
+                joins += [memory.begin(jobs[n][1]) for n in range(len(joins), min(number + 2, len(jobs)))]
+            self.backbone.prefill(batch, prompt, first, memory, joins[number] if joins else None)
+            if joins:
+                joins[number] = None
+        finish(self.backbone.device)
+        return time.perf_counter() - started
+
+    def decode(self, way: str, coming: Sequence[Tensor], steps: int) -> float:
+        """Return the seconds of decoding `steps` tokens of every sequence, given as [steps + 1, B]."""
+        lanes = self.lanes[way]
+        for batch, ids in zip(self.batches, coming, strict=True):
+            batch.feed(ids)
+        finish(self.backbone.device)
+        started = time.perf_counter()
+        for lane in lanes:
+            lane.start()
+        for _ in range(steps):
+            for lane in lanes:
+                lane.step()
+        finish(self.backbone.device)
+        seconds = time.perf_counter() - started
+        for lane in lanes:
+            lane.finish()
+        return seconds
+
+    def close(self) -> None:
+        """End the threads of the tables."""
+        for memory in self.memories.values():
+            if memory is not None:
+                memory.table.close()
+
+
+def check(backbone: Backbone, batch: Batch, memory: Memory | None, tokens: int, *, ahead: bool) -> float:
+    """Return how far decoding one token at a time is from taking them in at once, relative to the logits.
+
+    AssertionError where it is not rounding.
+    """
+    count = min(4, len(batch.lengths))
+    ids = torch.randint(1, backbone.shape.vocab, (count, tokens + 3), device=backbone.device)
+    backbone.prefill(batch, Prompt(ids, ids.cpu().numpy()), 0, memory)
+    expected = batch.logits[:count].float().clone()
+    batch.lengths.zero_()
+    lane = Lane(backbone, batch, memory, ahead=ahead)
+    batch.lengths.zero_()
+    begun = ids[:, :tokens].contiguous()
+    backbone.prefill(batch, Prompt(begun, begun.cpu().numpy()), 0, memory)
+    coming = torch.zeros(4, len(batch.lengths), dtype=torch.int64, device=backbone.device)
+    coming[:3, :count] = ids[:, tokens:].T
+    batch.feed(coming)
+    lane.start()
+    for _ in range(3):
+        lane.step()
+    lane.finish()
+    error = float((batch.logits[:count].float() - expected).abs().max() / expected.abs().max())
+    assert error < (0.2 if backbone.dtype == torch.bfloat16 else 1e-3), error
+    return error
+
+
+def losses(
+    pairs: Sequence[dict[str, Any]], base: str, way: str, parts: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the mean loss of throughput in percent over pairs that have both ways, with its 95 % bootstrap
+    interval; None without any.
+    """
+    pairs = [pair for pair in pairs if base in pair and way in pair]
+    if not pairs:
+        return None
+    times = {
+        name: np.array([sum(pair[name][part] for part in parts) for pair in pairs]) for name in (base, way)
+    }
+    loss = 100 * (1 - times[base] / times[way])
+    draws = np.random.default_rng(0).integers(0, len(loss), (10_000, len(loss)))
+    low, high = np.quantile(loss[draws].mean(1), [0.025, 0.975])
+    return {
+        "loss_percent": float(loss.mean()),
+        "low": float(low),
+        "high": float(high),
+        "pairs": len(loss),
+        "spread": float(loss.std(ddof=1)) if len(loss) > 1 else None,
+    }
