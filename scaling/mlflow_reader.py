@@ -8,6 +8,7 @@ goes through its client.
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -43,9 +44,12 @@ TAGS = (
 )
 
 # Tags that say what made a run; they ride along, outside the schema, so that a report can tell mixed runs.
-PROVENANCE = ("code_version", "data_hash")
+PROVENANCE = ("code_version", "data_hash", "machine")
 # Numbers that ride along: how far a cell misses the budget it was to have, as a share of it.
 MISMATCHES = ("total_mismatch", "flops_mismatch")
+
+# Numbers of a run's memories at its end (`scaling.report.health`): metrics of this prefix, as columns.
+HEALTH = "memory/"
 
 # MLflow's five states of a run, in the words of the frame.
 STATUSES = {
@@ -67,6 +71,7 @@ _LONG = {
     "key": pl.String,
     "value": pl.String,
 }
+_NUMBERS = {"mlflow_run": pl.String, "key": pl.String, "number": pl.Float64}
 
 # `latest_metrics` keeps the value of the largest step, and of the latest time within it: what a resumed run
 # appended last.
@@ -79,6 +84,13 @@ JOIN tags k ON k.run_uuid = r.run_uuid AND k.key = 'kind' AND k.value = 'trial'
 JOIN tags t ON t.run_uuid = r.run_uuid
 LEFT JOIN latest_metrics m ON m.run_uuid = r.run_uuid AND m.key = ?
 WHERE r.lifecycle_stage = 'active'
+"""
+
+_HEALTH = """
+SELECT m.run_uuid AS mlflow_run, m.key AS key, m.value AS number
+FROM latest_metrics m
+JOIN tags s ON s.run_uuid = m.run_uuid AND s.key = 'study' AND s.value = ?
+WHERE m.key LIKE ? AND NOT m.is_nan
 """
 
 _STUDIES = """
@@ -101,7 +113,7 @@ def studies(uri: str) -> list[str]:
     """
     if _is_sqlite(uri):
         with closing(_open_sqlite(uri)) as connection:
-            return [name for (name,) in _query(connection, uri, _STUDIES).rows()]
+            return [name for (name,) in _query(connection, uri, _STUDIES, {"value": pl.String}, []).rows()]
     return sorted({run.data.tags["study"] for run in _remote_trials(uri, None)})
 
 
@@ -109,7 +121,8 @@ def read_study(uri: str, study: str) -> pl.DataFrame:
     """Return the study's runs, one row a cell, sorted by run name.
 
     Columns are those of `scaling.schema`, and others that trace a row back: `code_version` and `data_hash`,
-    `total_mismatch` and `flops_mismatch`, the tags of those names; `mlflow_run`, the id of the MLflow run
+    `machine`, `total_mismatch` and `flops_mismatch`, the tags of those names; the last value of every metric
+    below `memory/`, by its name; `mlflow_run`, the id of the MLflow run
     it was read from; and `attempts`, how many MLflow runs share this row's `run` name. Where a cell was
     tried more than once, the row is the finished attempt if there is one, else the running one, else the
     latest: nothing is counted twice. Deleted runs are left out. A run that MLflow calls finished but whose
@@ -125,13 +138,26 @@ def read_study(uri: str, study: str) -> pl.DataFrame:
     """
     if _is_sqlite(uri):
         with closing(_open_sqlite(uri)) as connection:
-            long = _query(connection, uri, _TRIALS, [study, LOSS_METRIC])
+            long = _query(connection, uri, _TRIALS, _LONG, [study, LOSS_METRIC])
+            health = _query(connection, uri, _HEALTH, _NUMBERS, [study, f"{HEALTH}%"])
     else:
-        rows = [row for run in _remote_trials(uri, study) for row in _long_rows(run)]
-        long = pl.DataFrame(rows, schema=_LONG, orient="row")
+        trials = _remote_trials(uri, study)
+        long = pl.DataFrame([row for run in trials for row in _long_rows(run)], schema=_LONG, orient="row")
+        health = pl.DataFrame(
+            [
+                (run.info.run_id, key, value)
+                for run in trials
+                for key, value in run.data.metrics.items()
+                if key.startswith(HEALTH) and not math.isnan(value)
+            ],
+            schema=_NUMBERS,
+            orient="row",
+        )
     if long.is_empty():
         raise ScalingError(_no_such_study(uri, study))
-    return _one_row_a_cell(_typed(_wide(long)))
+    names = sorted(health["key"].unique())
+    numbers = health.pivot(on="key", on_columns=names, index="mlflow_run", values="number")
+    return _one_row_a_cell(_typed(_wide(long).join(numbers, on="mlflow_run", how="left")), names)
 
 
 def _no_such_study(uri: str, study: str) -> str:
@@ -154,15 +180,15 @@ def _open_sqlite(uri: str) -> sqlite3.Connection:
 
 
 def _query(
-    connection: sqlite3.Connection, uri: str, sql: str, parameters: list[str] | None = None
+    connection: sqlite3.Connection, uri: str, sql: str, schema: dict[str, Any], parameters: list[str]
 ) -> pl.DataFrame:
     try:
         return pl.read_database(
             sql,
             connection,
             infer_schema_length=None,
-            schema_overrides=_LONG if parameters else {"value": pl.String},
-            execute_options={"parameters": parameters or []},
+            schema_overrides=schema,
+            execute_options={"parameters": parameters},
         )
     except sqlite3.Error as error:
         raise ScalingError(f"{uri!r} cannot be read as an MLflow store: {error}.") from error
@@ -272,7 +298,7 @@ def _number(wide: pl.DataFrame, name: str) -> pl.Series:
     return number.cast(pl.Int64) if name == "seed" else number
 
 
-def _one_row_a_cell(runs: pl.DataFrame) -> pl.DataFrame:
+def _one_row_a_cell(runs: pl.DataFrame, health: list[str]) -> pl.DataFrame:
     """Keep the attempt that counts of each cell: finished, else running, else failed; of equals the last."""
     ranks = {"finished": 0, "running": 1, "failed": 2}
     rank = pl.col("status").replace_strict(ranks, return_dtype=pl.Int64)
@@ -280,5 +306,7 @@ def _one_row_a_cell(runs: pl.DataFrame) -> pl.DataFrame:
         runs.with_columns(rank.alias("rank"), pl.len().over("run").alias("attempts"))
         .sort("run", "rank", "start_time", "mlflow_run", descending=[False, False, True, False])
         .unique("run", keep="first", maintain_order=True)
-        .select(*TAGS, "status", "loss", "loss_sd", *PROVENANCE, *MISMATCHES, "mlflow_run", "attempts")
+        .select(
+            *TAGS, "status", "loss", "loss_sd", *PROVENANCE, *MISMATCHES, *health, "mlflow_run", "attempts"
+        )
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from scaling.report import words
+from scaling.report import health, words
 from scaling.report.analysis import Study
 from scaling.report.budgets import across
 from scaling.report.checks import checks
@@ -22,12 +22,14 @@ def build(
     study: Study, *, title: str, context: Mapping[str, object], runs_hash: str, versions: Mapping[str, str]
 ) -> Page:
     """Return the page; `runs_hash` and `versions` say what the numbers were made from and with."""
+    found = health.health(study.runs)
     parts = (
         summary(study),
         shares(study.allocations, study.next_runs) if study.allocations else None,
         *(across(fit, study.allocations) for fit in study.joint),
         memories(study.memories) if study.memories else None,
         None if study.standard is None else laws(study.standard),
+        None if found is None else health.section(found),
         checks(study.trials, study.budget_trial),
         data(study, context, runs_hash),
         Section(ident="runs", title="Runs", blocks=(listing(study.runs),)),
@@ -54,6 +56,7 @@ def summary(study: Study) -> Section:
         verb = "is" if lost == 1 else "are"
         text = f"{plural(lost, 'run')} of the study {verb} in no fit; each is listed with its reason below."
         blocks.append(Caution(text))
+    blocks += health.caution(health.health(study.runs))
     return Section(ident="summary", title="What the runs say", blocks=tuple(blocks))
 
 

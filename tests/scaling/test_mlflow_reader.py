@@ -46,8 +46,12 @@ class Store:
         self.parent = self.client.create_run(
             self.experiment, tags={"kind": "study", "study": "first"}
         ).info.run_id
-        self.trial("a", seed=0, losses=[(100, 3.25)])
-        self.trial("b", seed=1, losses=[(100, 3.5), (100, 3.25), (50, 9.0)], rho=1.0, slots=0)
+        first = self.trial("a", seed=0, losses=[(100, 3.25)])
+        for step, gate in ((50, 0.9), (100, 0.1 + 0.2)):
+            self.client.log_metric(first, "memory/layer1/gate_mean", gate, step=step)
+        self.client.log_metric(first, "memory/layer1/row_norm", math.nan, step=100)
+        second = self.trial("b", seed=1, losses=[(100, 3.5), (100, 3.25), (50, 9.0)], rho=1.0, slots=0)
+        self.client.log_metric(second, "memory/layer1/row_norm", 2.5, step=100)
         self.trial("c", seed=2, losses=[(100, math.inf)], end="FAILED", reason="infinite loss at step 7")
         self.trial("d", seed=3, losses=[], end="RUNNING")
         self.trial("e", seed=4, losses=[(1, 3.0), (2, math.nan)])
@@ -164,6 +168,16 @@ def test_the_frame_passes_the_checks_that_any_table_passes(store: Store) -> None
     frame = read_study(store.uri, "first")
     assert frame.equals(read(frame))
     assert set(TAGS) <= set(NAMES)
+
+
+def test_the_last_health_numbers_of_a_memory_are_columns_of_their_own(
+    runs: dict[str, dict[str, Any]],
+) -> None:
+    assert runs["a"]["memory/layer1/gate_mean"] == 0.1 + 0.2  # the last of two evaluations, to the last bit
+    assert runs["a"]["memory/layer1/row_norm"] is None  # a NaN says nothing
+    assert runs["b"]["memory/layer1/row_norm"] == 2.5
+    assert runs["b"]["memory/layer1/gate_mean"] is None
+    assert "train/loss" not in runs["a"]
 
 
 def test_what_made_a_run_rides_along(store: Store) -> None:
