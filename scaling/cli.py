@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from scaling.cli_design import add_design
 from scaling.cli_tables import runs, show, table_arguments, whole
@@ -171,12 +172,14 @@ def _fit(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
+    from scaling.files import context_of
     from scaling.report import write_report
 
     if not given.out:
         raise ScalingError("--out is empty; the name of a folder is needed.")
     try:
-        path = write_report(runs(given), given.out, title=given.title)
+        context = context_of(Path(given.table))
+        path = write_report(runs(given), given.out, title=given.title, context=context)
     except OSError as error:
         raise ScalingError(f"--out {given.out!r} cannot be written: {error.strerror or error}.") from error
     print(path)

@@ -15,7 +15,7 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "table",
         metavar="FILE|STORE",
-        help="CSV, TSV, JSON or Parquet file, or an MLflow address such as sqlite:///m.db",
+        help="CSV, TSV, JSON or Parquet file, a report's folder, or an MLflow address such as sqlite:///m.db",
     )
     parser.add_argument("--study", metavar="NAME", help="which study of a store or table of several")
     parser.add_argument(

@@ -15,6 +15,8 @@ import polars as pl
 from scaling.errors import ScalingError
 from scaling.schema import NULLS
 
+RUNS, CONTEXT = "runs.parquet", "context.json"
+"""What a report's folder keeps of its runs, and of what they do not say."""
 SEPARATORS = (",", ";", "\t", "|")
 _SPELLINGS = sorted({spelt for null in NULLS for spelt in (null, null.upper(), null.title(), "N/a", "NaN")})
 
@@ -23,10 +25,13 @@ def load(path: Path) -> pl.DataFrame:
     """Read a table; the columns have the names and types that the file gives them.
 
     `.csv`, `.tsv`, `.txt` (the separator is found in the header), `.json` (records, or a mapping of columns),
-    `.jsonl`, `.parquet` and `.pq`; all but Parquet may be packed by gzip. Raises `ScalingError`.
+    `.jsonl`, `.parquet` and `.pq`; all but Parquet may be packed by gzip. The folder of a report stands for
+    the runs it was made from. Raises `ScalingError`.
     """
+    if (path / RUNS).is_file():
+        path = path / RUNS
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = f"is a folder without {RUNS}" if path.is_dir() else "does not exist"
         raise ScalingError(f"File {str(path)!r} {what}; a CSV, JSON or Parquet file is needed.")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
@@ -54,6 +59,23 @@ def load(path: Path) -> pl.DataFrame:
         raise ScalingError(
             f"File {path.name!r} cannot be read as {kind[0][1:].upper()}: {why.strip().rstrip('.:')}."
         ) from error
+
+
+def context_of(folder: Path) -> dict[str, object]:
+    """Return what was known beside the runs of the report in `folder`; nothing where there is none.
+
+    Raises `ScalingError` when the file is damaged.
+    """
+    file = folder / CONTEXT
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ScalingError(f"File {str(file)!r} cannot be read as JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ScalingError(f"File {str(file)!r} holds a {type(found).__name__}; a mapping is needed.")
+    return found
 
 
 def _delimited(file: io.BytesIO) -> pl.DataFrame:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import torch
 import yaml
 
 from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe
-from engram_lab.tracking.version import code_version
+from engram_lab.training.run import run_directory
 
 
 def write_study_report(recipe: Recipe, reports: Path, *, say: Callable[[str], None]) -> Path:
     """Fit the study's runs and write `<reports>/<study>/`; returns the path of report.html.
+
+    Beside the report lies every run's recipe, `configurations/<run>.yaml`, where the runs' folders are here.
 
     Raises:
         UserError: the store holds no runs of the study, or the report cannot be written.
@@ -30,7 +30,9 @@ def write_study_report(recipe: Recipe, reports: Path, *, say: Callable[[str], No
     say("fitting and writing the report")
     try:
         frame = read_study(recipe.tracking.uri, recipe.name)
-        return write_report(frame, reports / recipe.name, title=recipe.name, context=_context(recipe, frame))
+        page = write_report(frame, reports / recipe.name, context=_context(recipe, frame))
+        _keep_configurations(recipe, frame["run"].to_list(), page.parent / "configurations")
+        return page
     except ScalingError as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -39,8 +41,18 @@ def write_study_report(recipe: Recipe, reports: Path, *, say: Callable[[str], No
         ) from error
 
 
+def _keep_configurations(recipe: Recipe, runs: Iterable[str], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.yaml"):
+        old.unlink()
+    for run in runs:
+        file = run_directory(recipe, run) / "recipe.yaml"
+        if file.is_file():
+            shutil.copyfile(file, folder / f"{run}.yaml")
+
+
 def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
-    """What the runs' columns do not say: text, counting conventions, recipe, code and machine."""
+    """What the runs' columns do not say: text, counting conventions, recipe."""
     hashes = frame["data_hash"].drop_nulls().unique().sort().to_list() if "data_hash" in frame.columns else []
     return {
         "data": f"{recipe.text.source}, validation by document",
@@ -55,7 +67,4 @@ def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
         "checkpoints": "one, after the last step",
         "smoothing": "no: neither smoothed nor interpolated",
         "recipe": yaml.safe_dump(recipe.to_dict(), sort_keys=False),
-        "code": code_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""),
     }

@@ -157,10 +157,11 @@ def _run_cells(
     controls = ["", *recipe.study.controls]
     workers = worker_count(recipe)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // workers)
     job = {
         "name": recipe.name,
         "parent_run": parent_run,
-        "threads": max(1, cores // workers),
+        "threads": threads,
         "recipe": recipe.to_dict(),
         "cells": {
             c.run.identity: {"label": c.label, "tags": c.tags, "recipe": c.run.recipe.to_dict()}
@@ -192,7 +193,7 @@ def _run_cells(
         + (f"{counts['finished']} finished before, {ahead} worker(s)" if ahead else "nothing left to train")
     )
     reported: set[str] = {c.identity for c in queue.states() if c.state in ("finished", "failed")}
-    with _workers(directory, min(workers, counts["waiting"])) as pool, _interruptible() as stop:
+    with _workers(directory, ahead, threads) as pool, _interruptible() as stop:
         reader = ProgressReader(directory, tokens)
         while True:
             pool.tend(queue)
@@ -227,10 +228,11 @@ class WorkerPool:
     Args:
         directory: the study's folder.
         size: how many to keep while cells wait.
+        threads: cores for each.
     """
 
-    def __init__(self, directory: Path, size: int) -> None:
-        self.directory, self.size = directory, size
+    def __init__(self, directory: Path, size: int, threads: int) -> None:
+        self.directory, self.size, self.threads = directory, size, threads
         self._slots: dict[int, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
 
     def tend(self, queue: StudyQueue) -> None:
@@ -271,6 +273,8 @@ class WorkerPool:
         logs.mkdir(exist_ok=True)
         output = open(logs / f"worker-{slot}.log", "ab")  # noqa: SIM115  (closed when the worker has ended)
         environment = dict(os.environ)
+        # torch's compiler would start a process a core in every worker.
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(self.threads))
         if torch.cuda.device_count() > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
         process = subprocess.Popen(
@@ -285,8 +289,8 @@ class WorkerPool:
 
 
 @contextmanager
-def _workers(directory: Path, size: int) -> Iterator[WorkerPool]:
-    pool = WorkerPool(directory, size)
+def _workers(directory: Path, size: int, threads: int) -> Iterator[WorkerPool]:
+    pool = WorkerPool(directory, size, threads)
     try:
         yield pool
     finally:

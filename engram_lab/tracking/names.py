@@ -17,6 +17,7 @@ REASON = "reason"
 OWNER = "owner"
 OPENINGS = "openings"
 CODE_VERSION = "code_version"
+MACHINE = "machine"
 
 PARENT = "mlflow.parentRunId"
 RUN_NAME = "mlflow.runName"

@@ -15,7 +15,7 @@ from engram_lab.tracking.owner import owner, owner_alive
 from engram_lab.tracking.record import RunRecord, tag_text, write_tags
 from engram_lab.tracking.signals import Terminated, raise_on_sigterm
 from engram_lab.tracking.store import experiment_id, initialise_store, store_lock
-from engram_lab.tracking.version import code_version
+from engram_lab.tracking.version import code_version, machine
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def open_run(
         names.PARENT: parent,
         names.REASON: None,
         **code_version(),
+        **machine(),
     }
     quote = '"' if "'" in identity else "'"
     with store_lock(uri), one_sentence(uri):

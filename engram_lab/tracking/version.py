@@ -1,7 +1,9 @@
-"""Which code made a run."""
+"""Which code made a run, on which machine."""
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 from functools import lru_cache
 from importlib import metadata
@@ -31,6 +33,17 @@ def code_version() -> dict[str, str]:
         return {names.CODE_VERSION: f"engram-lab {metadata.version('engram-lab')}"}
     except metadata.PackageNotFoundError:
         return {names.CODE_VERSION: "unknown"}
+
+
+@lru_cache(maxsize=1)
+def machine() -> dict[str, str]:
+    """Return the tag that names this machine: its processor, its cores, and the first GPU if there is one."""
+    import torch
+
+    said = f"{platform.machine()}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        said += f", {torch.cuda.get_device_name(0)}"
+    return {names.MACHINE: f"{said}, torch {torch.__version__}"}
 
 
 def _git(*arguments: str) -> str | None:

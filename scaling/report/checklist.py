@@ -64,7 +64,7 @@ def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Tabl
             ("How were hyper-parameters chosen?", told("hyper_parameters", default=recipe)),
             ("Did the learning rate end with the tokens of each run?", told("schedule", default=recipe)),
             ("By which code?", _named(fitted, "code_version") or told("code_version", "code")),
-            ("On which machine?", told("machine")),
+            ("On which machine?", _named(fitted, "machine") or told("machine")),
             ("How far do cells miss their budget?", _missed(fitted)),
         ),
         "Data": (

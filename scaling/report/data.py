@@ -37,7 +37,7 @@ def data(study: Study, context: Mapping[str, object], runs_hash: str) -> Section
 def _made_by(runs: Runs) -> list[Block]:
     """Return what code and data made the fitted runs, with a caution where they are not one."""
     rows, mixed = [], []
-    for name in ("code_version", "data_hash"):
+    for name in ("code_version", "data_hash", "machine"):
         if name not in runs.fitted.columns or runs.fitted[name].null_count() == runs.fitted.height:
             continue
         said = runs.fitted[name].cast(pl.String).fill_null("not recorded")

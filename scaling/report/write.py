@@ -13,6 +13,7 @@ from typing import Any
 
 import polars as pl
 
+from scaling.files import CONTEXT, RUNS
 from scaling.frame import read
 from scaling.report.analysis import Study, analyse
 from scaling.report.html import to_html
@@ -34,7 +35,8 @@ def write_report(
     """Fit what the runs hold and write the report; return the path of its page.
 
     The folder receives report.html (one file that needs nothing else), report.md, figures/*.svg, runs.csv,
-    runs.parquet and fits.json. The same runs and context give the same bytes.
+    runs.parquet, fits.json and context.json. The same runs and context give the same bytes, and the folder
+    alone gives both.
 
     Args:
         frame: runs, one a row; see `scaling.schema` for the columns. Failed runs are listed, not fitted.
@@ -53,10 +55,11 @@ def write_report(
     table = checked.write_csv()
     runs_hash = hashlib.sha256(table.encode()).hexdigest()
     made_with = versions()
+    told = plain(dict(context or {}))
     page = build(
         study,
         title=title or _name(checked),
-        context=context or {},
+        context=told,
         runs_hash=runs_hash,
         versions=made_with,
     )
@@ -71,9 +74,9 @@ def write_report(
     _put(folder / "runs.csv", table)
     parquet = io.BytesIO()
     checked.write_parquet(parquet)
-    _put(folder / "runs.parquet", parquet.getvalue())
-    dumped = json.dumps(plain(fits), indent=1, allow_nan=False)
-    _put(folder / "fits.json", f"{dumped}\n")
+    _put(folder / RUNS, parquet.getvalue())
+    for name, content in (("fits.json", plain(fits)), (CONTEXT, told)):
+        _put(folder / name, f"{json.dumps(content, indent=1, allow_nan=False, default=str)}\n")
     _put(folder / "report.md", to_markdown(page))
     path = folder / "report.html"
     _put(path, to_html(page))

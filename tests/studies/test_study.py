@@ -69,6 +69,8 @@ def test_a_study_runs_from_text_to_report_and_a_second_call_trains_nothing(file:
     assert str(page) in first.stdout
     assert page.stat().st_size > 10_000
     runs = frame(file)
+    kept = {path.stem: yaml.safe_load(path.read_text()) for path in page.parent.glob("configurations/*")}
+    assert {run: recipe["seed"] for run, recipe in kept.items()} == dict(runs.select("run", "seed").rows())
     assert len(runs) == CELLS == runs["run"].n_unique()
     assert set(runs["status"]) == {"finished"}
     assert runs["loss"].is_finite().all()

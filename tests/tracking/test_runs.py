@@ -52,6 +52,7 @@ def test_a_new_run_carries_what_readers_need(uri: str) -> None:
     assert "rho_nominal" not in run.data.tags
     assert "reason" not in run.data.tags
     assert run.data.tags["code_version"]
+    assert f"{os.cpu_count()} cores" in run.data.tags["machine"]
     assert (run.info.status, run.info.run_name) == ("RUNNING", "rho 0.5")
     assert client(uri).get_run(parent.run_id).data.tags["kind"] == "study"
 

@@ -11,10 +11,11 @@ import polars as pl
 import pytest
 from made_up_runs import allocation_rows, failed_rows, memory_rows, study
 
+from scaling.cli import main
 from scaling.errors import ScalingError
 from scaling.report import write_report
 
-FILES = {"report.html", "report.md", "fits.json", "runs.csv", "runs.parquet", "figures"}
+FILES = {"report.html", "report.md", "fits.json", "context.json", "runs.csv", "runs.parquet", "figures"}
 CONTEXT = {
     "code_version": "1a2b3c",
     "machine": "two cores",
@@ -191,6 +192,43 @@ def test_a_table_that_is_no_sweep_or_has_another_status_is_refused(
     with pytest.raises(ScalingError, match=re.escape(sentence)):
         report(tmp_path, study(rows))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reports_folder_alone_gives_it_again(whole: Path, tmp_path: Path) -> None:
+    assert main(["report", str(whole), "--out", str(tmp_path)]) == 0
+    names = [str(path.relative_to(whole)) for path in sorted(whole.rglob("*")) if path.is_file()]
+    same, different, odd = filecmp.cmpfiles(whole, tmp_path, names, shallow=False)
+    assert (different, odd, sorted(same)) == ([], [], sorted(names))
+    assert "two cores" in (tmp_path / "report.md").read_text()
+
+
+def with_memory(rows: list[dict[str, object]], **numbers: float) -> list[dict[str, object]]:
+    health = {f"memory/layer1/{name}": number for name, number in numbers.items()}
+    return [{**row, **(health if row["rho"] != 1.0 else dict.fromkeys(health))} for row in rows]
+
+
+def test_memories_at_work_are_said_to_be(tmp_path: Path) -> None:
+    rows = allocation_rows("u", shares=(0.0, 0.5, 1.0))
+    rows = with_memory(rows, gate_mean=0.4, gate_p90=0.75, contribution_ratio=0.125)
+    text = (report(tmp_path, study(rows)) / "report.md").read_text().replace("\\", "")
+    assert "Of 4 runs with memory, every memory is inside this range." in text
+    assert "| 0.5 | 32.8k | 1 | 2 | 0.4 | 0.75 | 0.125 |" in text
+    assert "The memory is ill" not in text
+    assert "| 1 | 0 | 1 |" not in text  # no memory, no line
+
+
+def test_a_stuck_gate_and_an_idle_memory_stand_at_the_head(tmp_path: Path) -> None:
+    rows = with_memory(allocation_rows("u", shares=(0.5, 1.0)), gate_mean=0.4, contribution_ratio=0.125)
+    rows[0] |= {"memory/layer1/gate_mean": 0.995}
+    rows[1] |= {"memory/layer1/contribution_ratio": 0.0021}
+    head = summary(report(tmp_path, study(rows)))
+    assert "The memory is ill in 2 places" in head
+    assert "ρ = 0.5, M = 32.8k, seed 0, block 1: gate 0.995" in head
+    assert "ρ = 0.5, M = 32.8k, seed 1, block 1: adds 0.21 %" in head
+
+
+def test_runs_that_say_nothing_of_their_memories_have_no_section(whole: Path) -> None:
+    assert "Were the memories at work?" not in (whole / "report.md").read_text()
 
 
 def test_every_check_of_the_chosen_models_is_shown(whole: Path) -> None:
