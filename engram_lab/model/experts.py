@@ -137,28 +137,20 @@ class Router(nn.Module):
 
         In training `imbalance` is renewed if it is part of the loss.
         """
-        precision = _precision(h)
         with torch.autocast(h.device.type, enabled=False):
-            logits = self.logits(h, precision)
-            scores = logits.sigmoid() if self.kind == "sigmoid" else logits.softmax(dim=-1)
-            if h.is_cuda and kernels is not None:
-                chosen = kernels.top_k(scores.detach().flatten(0, -2), self.bias, self.top_k)
-                chosen = chosen.unflatten(0, scores.shape[:-1])
-            else:
-                chosen = (scores.detach() + self.bias).topk(self.top_k, dim=-1, sorted=False).indices
+            scores = self.scores(h)
+            chosen = (scores.detach() + self.bias).topk(self.top_k, dim=-1, sorted=False).indices
             weights = scores.gather(-1, chosen)
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
             if self.training and self.penalised:
                 self.imbalance = sequence_imbalance(scores, chosen)
         return weights, chosen
 
-    def logits(self, h: Tensor, precision: torch.dtype) -> Tensor:
-        """Return [..., E] for h [..., D], in float32 or better; a GPU reads h in the experts' `precision`."""
-        if h.is_cuda and kernels is not None and precision == torch.bfloat16:
-            x = h.flatten(0, -2).to(torch.bfloat16)
-            return kernels.router_logits(x, self.weight).unflatten(0, h.shape[:-1])
+    def scores(self, h: Tensor) -> Tensor:
+        """Return [..., E] for h [..., D], in float32 or better."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        return F.linear(h.to(dtype), self.weight.to(dtype))
+        logits = F.linear(h.to(dtype), self.weight.to(dtype))
+        return logits.sigmoid() if self.kind == "sigmoid" else logits.softmax(dim=-1)
 
     def count(self, load: Tensor) -> None:
         """In training, add a forward pass's load [E] to `counts`, unless it only repeats one."""
@@ -203,9 +195,31 @@ class Experts(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Map h [B, T, D] to [B, T, D]."""
-        weights, chosen = self.router(h)
-        routed = self.routed(h.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)).view_as(h)
+        if h.is_cuda and kernels is not None and kernels.fits(_precision(h), self.out.shape):
+            routed = self.fused(h)
+        else:
+            weights, chosen = self.router(h)
+            routed = self.routed(h.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)).view_as(h)
         return routed if self.shared is None else routed + self.shared(h)
+
+    def fused(self, h: Tensor) -> Tensor:
+        """Return what the router and `routed` make of h [B, T, D], in a GPU's kernels."""
+        router = self.router
+        y, load, chosen = kernels.routed_experts(
+            h.flatten(0, -2).to(_precision(h)),
+            router.weight,
+            router.bias,
+            self.gate_up,
+            self.out,
+            router.top_k,
+            softmax=router.kind == "softmax",
+        )
+        router.count(load)
+        if router.training and router.penalised:
+            with torch.autocast(h.device.type, enabled=False):
+                chosen = chosen.unflatten(0, h.shape[:-1]).long()
+                router.imbalance = sequence_imbalance(router.scores(h), chosen)
+        return y.view_as(h)
 
     def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Return the weighted sum [tokens, D] of what each token's chosen experts make of it.
@@ -213,17 +227,11 @@ class Experts(nn.Module):
         In training the load is added to the router's `counts`. A CPU stays in the precision of x: under
         autocast its bfloat16 products would be compiled for each number of rows an expert happens to get.
         """
-        E, (H, D) = self.gate_up.shape[0], self.out.shape[1:]
         dtype = _precision(x)
         x, gate_up, out = x.to(dtype), self.gate_up.to(dtype), self.out.to(dtype)
-        if x.is_cuda and kernels is not None and kernels.fits(dtype, D, H):
-            plan = kernels.arrange(chosen, E)
-            self.router.count(plan[2])
-            narrow = gate_up.detach(), out.detach()
-            return kernels.routed_swiglu(x, self.gate_up, self.out, *narrow, weights, *plan)
         order = chosen.flatten().argsort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        counts = load(chosen, E)
+        counts = load(chosen, len(gate_up))
         self.router.count(counts)
         with torch.autocast(x.device.type, enabled=False):
             rows = spread(x, order, places)

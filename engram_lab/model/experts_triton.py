@@ -3,10 +3,11 @@
 The products read token rows through the sorted list of choices and apply or differentiate SwiGLU before
 their results leave the chip, so that only what the next product needs travels through memory. Weight
 gradients come out in float32 from the products' own sums. Nothing waits for the device, and every sum has a
-fixed order: equal inputs give equal bits.
+fixed order: equal inputs give equal bits. To a compiler the whole layer is one operator each way, so that
+what it compiles around it depends on the number of experts in the shapes of parameters only.
 
 Shapes: N tokens, K choices a token, E experts, D width, H hidden width of one expert, P = N * K rows sorted
-by expert. A "tile" is up to `TILE` neighbouring rows of one expert.
+by expert. See `router_triton` for tiles.
 """
 
 from __future__ import annotations
@@ -18,35 +19,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-TILE = 128
-"""Rows of one expert that one program multiplies."""
+from engram_lab.model.router_triton import MOST_EXPERTS, TILE, Routing, route, route_backward
+
 _UP = _DOWN = (64, 64, 4, 3)
 """Rows and hidden channels one program makes, its warps and loads in flight; measured on an H100."""
-_TOP = (32, 4)
-"""Tokens and warps of a program that chooses experts."""
-
-
-@triton.jit(do_not_specialize=["N", "E"])
-def _top_k(
-    scores: tl.tensor, bias: tl.tensor, chosen: tl.tensor, stride_n: tl.tensor, stride_e: tl.tensor,
-    N: tl.tensor, E: tl.tensor, K: tl.constexpr, TOKENS: tl.constexpr, E_PADDED: tl.constexpr,
-) -> None:  # fmt: skip
-    """Write the K experts of the largest score + bias, the largest first; of equals, the first."""
-    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    e = tl.arange(0, E_PADDED)
-    real = (e < E)[:, None] & (n < N)[None, :]
-    x = tl.load(scores + e[:, None] * stride_e + n[None, :] * stride_n, real, float("-inf"))
-    x += tl.load(bias + e, e < E, 0.0)[:, None]
-    # One integer in the order of the floats, and of equal ones against that of the experts.
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (bits.to(tl.int64) << 32) | (E_PADDED - 1 - e)[:, None]
-    for k in range(K):
-        best = tl.max(key, axis=0)
-        tl.store(chosen + n * K + k, E_PADDED - 1 - (best & 0xFFFFFFFF), n < N)
-        key = tl.where(key == best[None, :], -0x7FFFFFFFFFFFFFFF, key)
+_SUMMED = 16
+"""Tokens whose results one program adds up."""
 
 
 @triton.jit
@@ -159,181 +138,180 @@ def _weight_gradient(
     tl.store(place, y.to(out.dtype.element_ty))
 
 
+@triton.jit(do_not_specialize=["N"])
+def _sum_choices(
+    rows: tl.tensor, places: tl.tensor, more: tl.tensor, out: tl.tensor, N: tl.tensor, D: tl.constexpr,
+    K: tl.constexpr, MORE: tl.constexpr, TOKENS: tl.constexpr, BD: tl.constexpr,
+) -> None:  # fmt: skip
+    """out[token] = the sum of its K rows, and of more[token] with MORE."""
+    n = tl.program_id(0) // (D // BD) * TOKENS + tl.arange(0, TOKENS)
+    d = tl.program_id(0) % (D // BD) * BD + tl.arange(0, BD)
+    live = (n < N)[:, None]
+    here = n[:, None].to(tl.int64) * D + d[None, :]
+    y = tl.zeros((TOKENS, BD), tl.float32)
+    if MORE:
+        y = tl.load(more + here, live, 0.0).to(tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(places + n * K + k, n < N, 0)
+        y += tl.load(rows + row[:, None].to(tl.int64) * D + d[None, :], live, 0.0).to(tl.float32)
+    tl.store(out + here, y.to(out.dtype.element_ty), live)
+
+
 def _divisor(width: int, most: int) -> int:
     """Return the largest power of two that divides `width`, `most` at most."""
     return min(width & -width, most)
 
 
-@triton_op("engram_lab::top_k", mutates_args=())
-def top_k(scores: Tensor, bias: Tensor, K: int) -> Tensor:
-    """Return the K experts [N, K] (int64) of the largest scores [N, E] + bias [E]; of equals, the first."""
-    N, E = scores.shape
-    padded = max(16, triton.next_power_of_2(E))
-    tokens, warps = _TOP
-    chosen = scores.new_empty((N, K), dtype=torch.int64)
-    wrap_triton(_top_k)[(triton.cdiv(N, tokens),)](
-        scores, bias, chosen, *scores.stride(), N, E, K=K, TOKENS=tokens, E_PADDED=padded, num_warps=warps
-    )
-    return chosen
+def _sum(rows: Tensor, places: Tensor, K: int, more: Tensor | None = None) -> Tensor:
+    """Add up the K rows of every token, and `more` [N, D]: [N, D]."""
+    N, D = len(places) // K, rows.shape[1]
+    out, width = rows.new_empty(N, D), _divisor(D, 256)
+    _sum_choices[(triton.cdiv(N, _SUMMED) * (D // width),)](
+        rows, places, rows if more is None else more, out, N, D=D, K=K, MORE=more is not None,
+        TOKENS=_SUMMED, BD=width, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
-@triton_op("engram_lab::router_logits", mutates_args=())
-def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x [N, D] (bfloat16) times weight [E, D] (float32) transposed, in float32.
-
-    The weight is the sum of two bfloat16 numbers to 1 part in 2^17, so that the fast units multiply it.
-    """
-    E = len(weight)
-    high = weight.bfloat16()
-    both = torch.cat((high, (weight - high).bfloat16()))
-    y = torch.mm(both, x.t(), out_dtype=torch.float32)  # so that `top_k` reads neighbouring tokens together
-    return (y[:E] + y[E:]).t()
+_Results = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # fmt: skip
 
 
-def _save_router(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate_router(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    x, weight = ctx.saved_tensors
-    grad = grad.to(x.dtype)
-    return grad @ weight.to(x.dtype), (grad.t() @ x).to(weight.dtype)
-
-
-router_logits.register_autograd(_differentiate_router, setup_context=_save_router)
-
-
-def arrange(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sort the choices [N, K] by expert, each expert's by token; all results int32.
-
-    Returns the choice of every row [P], the row of every choice [P], each expert's load [E], where its rows
-    end [E], and the tiles [n, 4]: an expert, or -1 for none, its first row here, and the end of its rows.
-    """
-    device = chosen.device
-    # Sorting takes one pass a byte.
-    keys = chosen.flatten().to(torch.uint8 if experts <= 256 else torch.int16)
-    keys, order = keys.sort(stable=True)
-    rows = torch.arange(len(order), dtype=torch.int32, device=device)
-    places = torch.empty_like(rows).scatter_(0, order, rows)
-    numbers = torch.arange(experts, dtype=keys.dtype, device=device)
-    ends = torch.searchsorted(keys, numbers, right=True, out_int32=True)
-    starts = F.pad(ends[:-1], (1, 0))
-    needed = (ends - starts + TILE - 1) // TILE
-    last = needed.cumsum(0, dtype=torch.int32)
-    tile = torch.arange(len(order) // TILE + experts, dtype=torch.int32, device=device)
-    expert = torch.searchsorted(last, tile, right=True, out_int32=True)
-    known = expert.clamp_max(experts - 1)
-    first = starts[known] + (tile - (last - needed)[known]) * TILE
-    tiles = torch.stack((torch.where(expert < experts, expert, -1), first, ends[known], first), dim=1)
-    return order.to(torch.int32), places, ends - starts, ends, tiles
-
-
-def _products(rows: Tensor, weight: Tensor, ends: Tensor, tiles: Tensor) -> Tensor:
-    """Return rows [P, in] times their expert's matrix of weight [E, in, out]."""
-    return F.grouped_mm(rows, weight, offs=ends)
-
-
-def _sum_choices(rows: Tensor, places: Tensor, K: int) -> Tensor:
-    return rows.index_select(0, places).unflatten(0, (-1, K)).sum(dim=1)
-
-
-@triton_op("engram_lab::routed_swiglu", mutates_args=())
-def _routed_swiglu(
-    x: Tensor,
-    gate_up_parameter: Tensor,
-    out_parameter: Tensor,
-    gate_up: Tensor,
-    out: Tensor,
-    weights: Tensor,
-    order: Tensor,
-    places: Tensor,
-    loads: Tensor,
-    ends: Tensor,
-    tiles: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weighted sums [N, D], and what the backward pass needs: before [P, 2 H], hidden [P, H]."""
-    K, D, H, P, n_tiles = weights.shape[1], x.shape[1], out.shape[1], len(order), len(tiles)
+@torch.library.custom_op("engram_lab::routed_experts", mutates_args=())
+def _routed_experts(
+    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, K: int, softmax: bool
+) -> _Results:
+    """Return the sums [N, D], what `route` does, and what else the backward pass needs."""
+    D, H = x.shape[1], out.shape[1]
+    routing = route(x, router, bias, K, softmax)
+    narrow_gate_up, narrow_out = (torch.empty_like(w, dtype=x.dtype).copy_(w) for w in (gate_up, out))
+    P, n_tiles = len(routing.order), len(routing.tiles)
     before, hidden = x.new_empty(P, 2 * H), x.new_empty(P, H)
     rows, bh, warps, stages = _UP
     bh = _divisor(H, bh)
-    wrap_triton(_up)[(n_tiles * (TILE // rows) * (H // bh),)](
-        x, order, weights, gate_up, before, hidden, tiles, D=D, H=H, K=K,
-        TILE=TILE, ROWS=rows, BH=bh, BK=64, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    y = _products(hidden, out, ends, tiles)
-    return _sum_choices(y, places, K), before, hidden
+    with torch.cuda.device_of(x):
+        _up[(n_tiles * (TILE // rows) * (H // bh),)](
+            x, routing.order, routing.weights, narrow_gate_up, before, hidden, routing.tiles, D=D, H=H, K=K,
+            TILE=TILE, ROWS=rows, BH=bh, BK=64, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        y = _sum(F.grouped_mm(hidden, narrow_out, offs=routing.ends), routing.places, K)
+    return y, *routing, narrow_gate_up, narrow_out, before, hidden
 
 
-@triton_op("engram_lab::routed_swiglu_backward", mutates_args=())
-def _routed_swiglu_backward(
+@_routed_experts.register_fake
+def _(
+    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, K: int, softmax: bool
+) -> _Results:
+    E, H, N = router.shape[0], out.shape[1], x.shape[0]  # `len` would fix the number
+    P = N * K
+
+    def numbers(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=torch.int32)
+
+    routing = Routing(
+        chosen=numbers(N, K),
+        weights=x.new_empty(N, K, dtype=torch.float32),
+        slopes=x.new_empty(N, K, dtype=torch.float32),
+        loads=numbers(E),
+        ends=numbers(E),
+        order=numbers(P),
+        places=numbers(P),
+        tiles=numbers(P // TILE + E, 4),
+    )
+    narrow_gate_up, narrow_out = (
+        torch.empty_like(gate_up, dtype=x.dtype),
+        torch.empty_like(out, dtype=x.dtype),
+    )
+    before, hidden = x.new_empty(P, 2 * H), x.new_empty(P, H)
+    return torch.empty_like(x), *routing, narrow_gate_up, narrow_out, before, hidden
+
+
+@torch.library.custom_op("engram_lab::routed_experts_backward", mutates_args=())
+def _routed_experts_backward(
     grad: Tensor,
     x: Tensor,
-    gate_up: Tensor,
-    out: Tensor,
+    router: Tensor,
+    chosen: Tensor,
     weights: Tensor,
-    order: Tensor,
-    places: Tensor,
+    slopes: Tensor,
     loads: Tensor,
     ends: Tensor,
+    order: Tensor,
+    places: Tensor,
     tiles: Tensor,
+    gate_up: Tensor,
+    out: Tensor,
     before: Tensor,
     hidden: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, of gate_up and out (in `dtype`), and of the weights [N, K]."""
-    K, D, H, P, n_tiles = weights.shape[1], x.shape[1], out.shape[1], len(order), len(tiles)
-    E = len(loads)
+    """Return the gradients of x, router, gate_up and out, the last two in `dtype`."""
+    K, (E, H, D), P = weights.shape[1], out.shape, len(order)
     rows, bh, warps, stages = _DOWN
     bh = _divisor(H, bh)
     grad_before = torch.empty_like(before)
     grad_share = weights.new_empty(H // bh, P)
     grad_gate_up = torch.empty_like(gate_up, dtype=dtype)
     grad_out = torch.empty_like(out, dtype=dtype)
-    wrap_triton(_down_backward)[(n_tiles * (TILE // rows) * (H // bh),)](
-        grad, order, weights, out, before, grad_before, grad_share, tiles, P, D=D, H=H, K=K,
-        TILE=TILE, ROWS=rows, BH=bh, BK=64, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    bi, bj = _divisor(H, 128), _divisor(D, 128)
-    wrap_triton(_weight_gradient)[(E * (H // bi) * (D // bj),)](
-        hidden, grad, order, ends, loads, grad_out, M=H, J=D, K=K, TOKENS_IN_A=False,
-        BI=bi, BJ=bj, BR=64, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    grad_rows = _products(grad_before, gate_up.mT, ends, tiles)
-    bi, bj = _divisor(D, 128), _divisor(2 * H, 128)
-    wrap_triton(_weight_gradient)[(E * (D // bi) * (2 * H // bj),)](
-        x, grad_before, order, ends, loads, grad_gate_up, M=D, J=2 * H, K=K, TOKENS_IN_A=True,
-        BI=bi, BJ=bj, BR=64, num_warps=4, num_stages=3,
-    )  # fmt: skip
-    grad_weights = grad_share.sum(dim=0).index_select(0, places).view_as(weights)
-    return _sum_choices(grad_rows, places, K), grad_gate_up, grad_out, grad_weights
+    with torch.cuda.device_of(x):
+        _down_backward[(len(tiles) * (TILE // rows) * (H // bh),)](
+            grad, order, weights, out, before, grad_before, grad_share, tiles, P, D=D, H=H, K=K,
+            TILE=TILE, ROWS=rows, BH=bh, BK=64, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        bi, bj = _divisor(H, 128), _divisor(D, 128)
+        _weight_gradient[(E * (H // bi) * (D // bj),)](
+            hidden, grad, order, ends, loads, grad_out, M=H, J=D, K=K, TOKENS_IN_A=False,
+            BI=bi, BJ=bj, BR=64, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        bi, bj = _divisor(D, 128), _divisor(2 * H, 128)
+        _weight_gradient[(E * (D // bi) * (2 * H // bj),)](
+            x, grad_before, order, ends, loads, grad_gate_up, M=D, J=2 * H, K=K, TOKENS_IN_A=True,
+            BI=bi, BJ=bj, BR=64, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        grad_rows = F.grouped_mm(grad_before, gate_up.mT, offs=ends)
+        routed, grad_router = route_backward(grad_share, x, router, chosen, weights, slopes, places)
+        grad_x = _sum(grad_rows, places, K, routed)
+    return grad_x, grad_router, grad_gate_up, grad_out
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, gate_up_parameter, _, *rest = inputs
-    ctx.save_for_backward(x, *rest, *output[1:])
+@_routed_experts_backward.register_fake
+def _(grad: Tensor, x: Tensor, router: Tensor, *kept: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    gate_up, out, dtype = kept[8], kept[9], kept[-1]
+    grad_gate_up, grad_out = torch.empty_like(gate_up, dtype=dtype), torch.empty_like(out, dtype=dtype)
+    return torch.empty_like(x), torch.empty_like(router), grad_gate_up, grad_out
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
+    x, router, _, gate_up, *_ = inputs
+    ctx.save_for_backward(x, router, *output[1:])
     ctx.set_materialize_grads(False)
-    ctx.dtype = gate_up_parameter.dtype
+    ctx.dtype = gate_up.dtype
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    backward = _routed_swiglu_backward(grad.contiguous(), *ctx.saved_tensors, ctx.dtype)
-    grad_x, grad_gate_up, grad_out, grad_weights = backward
-    return grad_x, grad_gate_up, grad_out, None, None, grad_weights, None, None, None, None, None
+    grads = _routed_experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.dtype)
+    grad_x, grad_router, grad_gate_up, grad_out = grads
+    return grad_x, grad_router, None, grad_gate_up, grad_out, None, None
 
 
-def routed_swiglu(x: Tensor, *arguments: Tensor) -> Tensor:
-    """Return the weighted sum [N, D] of what each token of x [N, D] gets from its experts.
+_routed_experts.register_autograd(_differentiate, setup_context=_save)
 
-    The `arguments` are the parameters [E, D, 2 H] and [E, H, D], which receive gradients in their own
-    precision, the same in that of x, the weights [N, K], and what `arrange` returns.
+
+def routed_experts(
+    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, K: int, *, softmax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what each token of x [N, D] gets from its K experts [N, D], their loads [E], and the choice.
+
+    x is bfloat16; the parameters router [E, D], gate_up [E, D, 2 H] and out [E, H, D] are float32 and get
+    gradients in float32. The experts of the largest score + bias [E] are chosen, [N, K]; their weights are
+    the scores, sigmoids of the logits or their softmax, over their sum. Loads and choice are int32.
     """
-    y: Tensor = _routed_swiglu(x, *arguments)[0]
-    return y
+    y, chosen, _, _, loads, *_ = _routed_experts(x.contiguous(), router, bias, gate_up, out, K, softmax)
+    return y, loads, chosen
 
 
-def fits(dtype: torch.dtype, D: int, H: int) -> bool:
-    """Whether the kernels take experts of these sizes."""
-    return dtype == torch.bfloat16 and D % 64 == 0 and H % 32 == 0
-
-
-_routed_swiglu.register_autograd(_differentiate, setup_context=_save)
+def fits(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether the kernels take experts whose second matrices [E, H, D] have this shape."""
+    E, H, D = shape
+    return dtype == torch.bfloat16 and E <= MOST_EXPERTS and D % 64 == 0 and H % 32 == 0
