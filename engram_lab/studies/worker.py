@@ -6,6 +6,7 @@ paid for once a worker, not once a cell.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -65,6 +66,20 @@ def work(directory: Path) -> None:
                 queue.fail(number, f"{type(error).__name__}: {error}".splitlines()[0], retry=True)
             else:
                 queue.finish(number, result.loss)
+                log.info("loss %.4f after %.1f s", result.loss, result.seconds)
+            _release()
+
+
+def _release() -> None:
+    """Give the GPU memory of the cell back, for the next one and for the workers beside this one."""
+    gc.collect()  # trainer, module and callbacks refer to each other
+    if torch.cuda.is_available():
+        most, gib = torch.cuda.max_memory_reserved(), 2**30
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        log.info(
+            "GPU memory: %.1f GiB at most, %.1f GiB kept", most / gib, torch.cuda.memory_reserved() / gib
+        )
 
 
 def _observer(file: Path, parent: int, stop: StopRequest) -> Callable[[Progress], None]:
