@@ -36,6 +36,7 @@ from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.experts import FeedForwardConfig
 from engram_lab.model.transformer import Transformer
+from engram_lab.training.captured import CapturedStep
 from engram_lab.training.execution import ExecutionConfig, prepare
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -126,8 +127,11 @@ def text(network: Transformer, sequences: int, length: int, batches: int, device
 class Step:
     """One training step of either model; `loss` of the last one stays on the device."""
 
-    def __init__(self, network: Transformer, plain: bool, batches: list[Batch], device: str) -> None:
+    def __init__(
+        self, network: Transformer, plain: bool, batches: list[Batch], device: str, graph: bool = True
+    ) -> None:
         self.batches, self.device, self.done = batches, device, 0
+        self.captured: CapturedStep | None = None
         config, roles = OptimizerConfig(), network.parameter_roles()
         if plain:
             self.model: Any = PlainModel(network.config).to(device).take(network)
@@ -147,17 +151,21 @@ class Step:
         else:
             self.model = network
             self.run = network.loss
+            if graph and device == "cuda":
+                self.captured = CapturedStep(network, network.loss)
             self.optimizer = build_optimizer(network.named_parameters(), roles, config)
         self.parameters = list(self.model.parameters())
 
     def __call__(self) -> Tensor:
         batch = self.batches[self.done % len(self.batches)]
         self.done += 1
-        torch.compiler.cudagraph_mark_step_begin()
+        names = zip(("ids", "targets", "addresses"), batch, strict=True)
+        inputs = {name: values for name, values in names if values is not None}
         with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-            self.loss = self.run(*batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.loss.backward()
+            self.loss = (self.captured or self.run)(**inputs)
+        if self.captured is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.model.update_router_bias()
@@ -234,15 +242,13 @@ def lightning_step(network: Transformer, batches: list[Batch], steps: int, devic
     from lightning.pytorch.loggers.logger import DummyLogger
     from torch.utils.data import DataLoader
 
+    from engram_lab.training.callbacks import StepLog
     from engram_lab.training.module import EngramModule
 
     class Clock(Callback):
         started = ended = 0.0
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-            if index % 10 == 9:
-                loss, norm = module.check_finite(outputs["loss"], index), float(module.gradient_norm)
-                trainer.logger.log_metrics({"train/loss": loss, "train/gradient_norm": norm}, step=index)
             if index == steps // 2 - 1:
                 synchronise(device)
                 self.started = time.perf_counter()
@@ -266,7 +272,7 @@ def lightning_step(network: Transformer, batches: list[Batch], steps: int, devic
         max_steps=steps,
         precision="bf16-mixed" if device == "cuda" else "32-true",
         logger=DummyLogger(),
-        callbacks=[clock],
+        callbacks=[StepLog(every=10, steps=steps, tokens_per_step=batches[0][0].numel()), clock],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -278,7 +284,7 @@ def lightning_step(network: Transformer, batches: list[Batch], steps: int, devic
 
 def large(config: ModelConfig, sequences: int, length: int, device: str, steps: int) -> dict[str, Any]:
     network = build(config, device)
-    prepare(network, ExecutionConfig(), torch.device(device), graphs=True)
+    prepare(network, ExecutionConfig(), torch.device(device))
     step = Step(network, False, text(network, sequences, length, 4, device), device)
     compiling = first_step(step, device)
     for router in network.routers():
@@ -315,8 +321,9 @@ def main() -> None:
             return
         network = build(model() if options.rehearse else model(experts), device)
         if options.only == "second":
-            prepare(network, ExecutionConfig(), torch.device(device), graphs=not options.no_graphs)
-        step = Step(network, options.only == "plain", text(network, *shape, 1, device), device)
+            prepare(network, ExecutionConfig(), torch.device(device))
+        batches = text(network, *shape, 1, device)
+        step = Step(network, options.only == "plain", batches, device, not options.no_graphs)
         print(json.dumps({"seconds": first_step(step, device)}))
         return
 
@@ -344,8 +351,8 @@ def main() -> None:
     network = build(model(), device)
     batches = text(network, *shape, 32 if device == "cuda" else 4, device)
     plain = Step(network, True, batches, device)  # takes the initial weights
-    prepare(network, ExecutionConfig(), torch.device(device), graphs=not options.no_graphs)
-    ours = Step(network, False, batches, device)
+    prepare(network, ExecutionConfig(), torch.device(device))
+    ours = Step(network, False, batches, device, not options.no_graphs)
     weights = {name: value.clone() for name, value in network.state_dict().items()}
     keep("first_cell_seconds_beside_the_baselines_compilation", first_step(ours, device))
     filling.wait()

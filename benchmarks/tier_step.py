@@ -3,7 +3,8 @@
     python benchmarks/tier_step.py --tokens train.npy --out tier_step.md
 
 Whole steps (look-up, forward, backward, clip, optimizer of network and rows) in bfloat16 autocast, blocks
-compiled and replayed as CUDA graphs. One network is compiled once; its readings come in turn from
+compiled, forward and backward pass replayed as one CUDA graph. One network is compiled once; its readings
+come in turn from
 
     dense     one float32 parameter on the device, with fused Adam over all of its rows
     resident  records on the device, lazy Adam on the rows of the step
@@ -41,6 +42,7 @@ from engram_lab.model.experts import FeedForwardConfig
 from engram_lab.model.hashing import NgramHash, table_rows
 from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
+from engram_lab.training.captured import CapturedStep
 from engram_lab.training.execution import ExecutionConfig, prepare
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 
@@ -206,19 +208,23 @@ def measure(
     optimizer = build_optimizer(
         network.named_parameters(), network.parameter_roles(), OptimizerConfig(learning_rate=RATE)
     )
-    prepare(network, ExecutionConfig(), device, graphs=True)
+    prepare(network, ExecutionConfig(), device)
     shape = (2, 16) if options.rehearse else (32, 1024) if name == "study" else (16, 1024)
 
+    captured = CapturedStep(network, network.loss) if device.type == "cuda" else None
+
     def train(way: Way, batch: int) -> None:
-        reading = way.source.reading(way.step, way.batches.addresses[batch])
+        inputs = {"ids": way.batches.ids[batch], "targets": way.batches.targets[batch]}
+        inputs["readings"] = way.source.reading(way.step, way.batches.addresses[batch])
         with torch.autocast(device.type, torch.bfloat16):
-            loss = network.loss(way.batches.ids[batch], way.batches.targets[batch], readings=reading)
-        loss.backward()
+            loss = (captured or network.loss)(**inputs)
+        if captured is None:
+            optimizer.zero_grad()
+            loss.backward()
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([*gradients, *way.source.gradients()])
         torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)
         optimizer.step()
-        optimizer.zero_grad()
         way.source.commit(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
 
     engram = config.engram

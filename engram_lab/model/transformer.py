@@ -175,7 +175,15 @@ class Transformer(nn.Module):
                 if real is not None:
                     e = e * real.unsqueeze(-1)
             if self.recomputes and self.training and cache is None:
-                h = checkpoint(block, h, rope, e, use_reentrant=False, context_fn=self._recomputing)
+                h = checkpoint(
+                    block,
+                    h,
+                    rope,
+                    e,
+                    use_reentrant=False,
+                    context_fn=self._recomputing,
+                    preserve_rng_state=False,
+                )
             else:
                 h = block(h, rope, e, mask, None if cache is None else cache.layers[layer])
         return self.norm(h if self.config.streams == 1 else h.mean(dim=-2))

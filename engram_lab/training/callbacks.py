@@ -43,10 +43,28 @@ class Progress:
     loss: float
 
 
+@dataclass(frozen=True)
+class _Reading:
+    """Numbers of one step on their way from the device.
+
+    Args:
+        step: optimizer steps done.
+        numbers: training loss and gradient norm, [2] on the CPU.
+        arrived: happens when they are there; None if they are.
+        rates: learning rates by metric.
+    """
+
+    step: int
+    numbers: torch.Tensor
+    arrived: torch.cuda.Event | None
+    rates: dict[str, float]
+
+
 class StepLog(Callback):
     """Log loss, learning rate, gradient norm and speed every `every` steps, and report progress.
 
-    The loss is read from the device only then, so that other steps do not wait for it.
+    A GPU's numbers are read while it computes the step that follows, so that it never waits for the host;
+    before an evaluation, a checkpoint and the end they are read at once.
     """
 
     def __init__(
@@ -60,26 +78,34 @@ class StepLog(Callback):
         self.every, self.steps, self.tokens_per_step, self.observer = every, steps, tokens_per_step, observer
         self._since = 0.0
         self._first = 0
-        self._loss = float("nan")
         self._batch_loss = torch.tensor(0.0)
-
-    def _restart_clock(self, trainer: Trainer) -> None:
-        self._since, self._first = time.perf_counter(), trainer.global_step
+        self._reading: _Reading | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and say where the run stands."""
-        self._restart_clock(trainer)
+        self._since, self._first = time.perf_counter(), trainer.global_step
         if self.observer:
-            self.observer(Progress(trainer.global_step, self.steps, 0.0, self._loss))
+            self.observer(Progress(trainer.global_step, self.steps, 0.0, float("nan")))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what is on its way."""
+        self._log(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the evaluation out of the speed."""
-        self._restart_clock(trainer)
+        self._since, self._first = time.perf_counter(), trainer.global_step
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Log what is on its way: a run that continues from here will not."""
+        self._log(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log at every `every`-th optimizer step and at the last."""
+        """Read at every `every`-th optimizer step and at the last."""
+        self._log(trainer, pl_module)
         step = trainer.global_step
         micro_batch = batch_idx % trainer.accumulate_grad_batches
         part = outputs["loss"].detach()  # Lightning has divided it by the number of micro-batches
@@ -89,21 +115,39 @@ class StepLog(Callback):
             return
         assert isinstance(pl_module, EngramModule)
         loss = trainer.strategy.reduce(self._batch_loss, reduce_op="mean")
-        self._loss = pl_module.check_finite(loss, step)
-        speed = (step - self._first) * self.tokens_per_step / max(time.perf_counter() - self._since, 1e-9)
-        self._restart_clock(trainer)
+        numbers = torch.stack([loss, pl_module.gradient_norm.to(loss.device)]).to("cpu", non_blocking=True)
+        arrived = None
+        if loss.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        rates = {f"train/lr_{g['name']}": g["lr"] for g in trainer.optimizers[0].param_groups}
+        self._reading = _Reading(step, numbers, arrived, rates)
+        if arrived is None or step == self.steps:
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reading, self._reading = self._reading, None
+        if reading is None:
+            return
+        if reading.arrived is not None:
+            reading.arrived.synchronize()
+        assert isinstance(pl_module, EngramModule)
+        step = reading.step
+        loss = pl_module.check_finite(reading.numbers[0], step)
+        now = time.perf_counter()
+        speed = (step - self._first) * self.tokens_per_step / max(now - self._since, 1e-9)
+        self._since, self._first = now, step
         if trainer.logger is not None:
-            rates = {f"train/lr_{g['name']}": g["lr"] for g in trainer.optimizers[0].param_groups}
             metrics = {
-                "train/loss": self._loss,
-                "train/gradient_norm": float(pl_module.gradient_norm),
+                "train/loss": loss,
+                "train/gradient_norm": reading.numbers[1].item(),
                 "train/tokens_per_second": speed,
                 "tokens": step * self.tokens_per_step,
-                **rates,
+                **reading.rates,
             }
             trainer.logger.log_metrics(metrics, step=step)
         if self.observer:
-            self.observer(Progress(step, self.steps, speed, self._loss))
+            self.observer(Progress(step, self.steps, speed, loss))
 
 
 class FlushBeforeCheckpoint(Callback):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +19,8 @@ class ExecutionConfig:
     """Choices of execution; no part of a run's identity, since they change a loss by rounding only.
 
     Args:
-        compile: compile the blocks; null does so on a GPU. A CPU gains nothing.
+        compile: compile the blocks, and replay forward and backward pass as one CUDA graph where one GPU
+            trains without accumulating (training/captured.py); null does so on a GPU. A CPU gains nothing.
         activation_checkpointing: keep only what enters a block and compute the rest again in the backward
             pass: a third more work for a fraction of the activations' memory.
     """
@@ -29,28 +28,25 @@ class ExecutionConfig:
     compile: bool | None = None
     activation_checkpointing: bool = False
 
+    def compiles(self, device: torch.device) -> bool:
+        """Whether blocks are compiled for `device`."""
+        return device.type == "cuda" if self.compile is None else self.compile
 
-def prepare(network: Transformer, config: ExecutionConfig, device: torch.device, *, graphs: bool) -> None:
+
+def prepare(network: Transformer, config: ExecutionConfig, device: torch.device) -> None:
     """Make `network` run on `device` as `config` says.
 
     Blocks are compiled one by one: they share their code, so that two compilations serve a network of any
-    depth, and tables, whose size differs from cell to cell, stay outside. `graphs` replays the kernels of
-    attention and feed-forward as CUDA graphs, which spares the host their launches; gradients then live in
-    memory that the next step writes again, so that they cannot be accumulated over micro-batches. Blocks
-    that are computed again in the backward pass are launched from the host.
+    depth, and tables, whose size differs from cell to cell, stay outside.
     """
     network.recomputes = config.activation_checkpointing
-    wanted = device.type == "cuda" if config.compile is None else config.compile
-    if not wanted:
+    if not config.compiles(device):
         return
     # One variant a block kind, for training and for evaluation each.
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    options: dict[str, str | int | bool | Callable[..., Any]] = {
-        "triton.cudagraphs": graphs and not network.recomputes
-    }
     for block in network.blocks:
         assert isinstance(block, Block)
-        block.compute = torch.compile(block.compute, dynamic=False, options=options)  # type: ignore[method-assign]
+        block.compute = torch.compile(block.compute, dynamic=False)  # type: ignore[method-assign]
         if block.engram is not None:
             block.recall = torch.compile(block.recall, dynamic=False)  # type: ignore[method-assign]
 

@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
+from engram_lab.training.captured import CapturedStep
 from engram_lab.training.data import never_empty
 from engram_lab.training.execution import ExecutionConfig, prepare, shard
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer, lr_multiplier
@@ -80,6 +81,7 @@ class EngramModule(LightningModule):
         self.gradient_norm = torch.tensor(0.0)
         self.row_scale = torch.tensor(1.0)
         self.evaluated: tuple[int, dict[str, float]] | None = None  # step and numbers of the last evaluation
+        self._captured: CapturedStep | None = None
 
     def configure_optimizers(self) -> dict[str, Any]:  # type: ignore[override]
         """One composite optimizer and the warm-up, stable, decay schedule, stepped every optimizer step."""
@@ -97,19 +99,43 @@ class EngramModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Compile, on the device that the network has been moved to."""
+        prepare(self.net, self.execution, self.device)
         alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
-        prepare(self.net, self.execution, self.device, graphs=alone)
+        if alone and self.device.type == "cuda" and self.execution.compiles(self.device):
+            self._captured = CapturedStep(self.net, self._loss)
+
+    def on_fit_end(self) -> None:
+        """Give the graph's memory back, gradients included."""
+        if self._captured is not None:
+            self._captured = None
+            self.net.zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean next-token cross-entropy of the micro-batch, in nats."""
-        torch.compiler.cudagraph_mark_step_begin()
+        inputs: dict[str, Tensor] = {"ids": batch["ids"], "targets": batch["targets"]}
+        if "addresses" in batch:
+            inputs["addresses"] = batch["addresses"]
         if self.rows is not None:
-            return self.net.loss(batch["ids"], batch["targets"], readings=self.rows.reading(batch))
-        addresses = batch.get("addresses")
+            inputs["readings"] = self.rows.reading(batch)
+        return (self._captured or self._loss)(**inputs)
+
+    def _loss(
+        self, ids: Tensor, targets: Tensor, addresses: Tensor | None = None, readings: Tensor | None = None
+    ) -> Tensor:
         if addresses is not None:
             for index in range(len(self.net.tables)):
-                self.get_buffer(f"touched_{index}")[addresses[index].flatten()] = True
-        return self.net.loss(batch["ids"], batch["targets"], addresses)
+                self.get_buffer(f"touched_{index}").index_fill_(0, addresses[index].flatten().long(), True)
+        return self.net.loss(ids, targets, addresses, readings=readings)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass, unless a captured step has done so."""
+        if self._captured is None:
+            loss.backward(*args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients, unless a captured step overwrites them."""
+        if self._captured is None:
+            optimizer.zero_grad()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -153,7 +179,6 @@ class EngramModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the mean cross-entropy of a batch to the evaluation, weighted by its tokens."""
-        torch.compiler.cudagraph_mark_step_begin()
         tokens, batch = batch["ids"].numel(), never_empty(batch)
         loss = self.net.loss(batch["ids"], batch["targets"], batch.get("addresses"))
         self.val_loss.update(loss, tokens)

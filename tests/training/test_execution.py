@@ -42,7 +42,7 @@ def gradients(net: Transformer) -> dict[str, Tensor]:
 def test_recomputed_activations_change_neither_gradients_nor_loads() -> None:
     usual = network()
     recomputing = copy.deepcopy(usual)
-    prepare(recomputing, ExecutionConfig(activation_checkpointing=True), torch.device("cpu"), graphs=False)
+    prepare(recomputing, ExecutionConfig(activation_checkpointing=True), torch.device("cpu"))
     kept: dict[bool, int] = {}
     for net, again in ((usual, False), (recomputing, True)):
         sizes: list[int] = []
@@ -64,7 +64,7 @@ def test_recomputed_activations_change_neither_gradients_nor_loads() -> None:
 
 def test_a_cpu_is_not_compiled_for_unless_asked() -> None:
     net = network()
-    prepare(net, ExecutionConfig(), torch.device("cpu"), graphs=True)
+    prepare(net, ExecutionConfig(), torch.device("cpu"))
     assert net.blocks[0].compute.__func__ is type(net.blocks[0]).compute
 
 
@@ -72,7 +72,7 @@ def test_a_cpu_is_not_compiled_for_unless_asked() -> None:
 def test_compiled_blocks_compute_the_same() -> None:
     usual = network(ffn=FeedForwardConfig(experts=6, top_k=2, expert_hidden=8)).float()
     compiled = copy.deepcopy(usual)
-    prepare(compiled, ExecutionConfig(compile=True), torch.device("cpu"), graphs=True)
+    prepare(compiled, ExecutionConfig(compile=True), torch.device("cpu"))
     for net in (usual, compiled):
         net.loss(IDS, IDS.roll(-1, 1)).backward()
     ours = gradients(compiled)
