@@ -20,17 +20,7 @@ try:
 except ImportError:  # triton comes with torch's builds for CUDA only
     gather_triton = None  # type: ignore[assignment]
 
-SETTINGS = [
-    (128, 32),
-    (256, 32),
-    (512, 32),
-    (1024, 32),
-    (2048, 32),
-    (1024, 16),
-    (2048, 16),
-    (2048, 64),
-    (1024, 8),
-]
+SETTINGS = [(128, 32), (512, 32), (1024, 32), (2048, 32), (2048, 16), (2048, 64)]
 """Rows worth a program, and rows it has under way at once."""
 SHOWN = 40
 IDLE = 50.0  # microseconds

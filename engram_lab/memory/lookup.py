@@ -99,6 +99,11 @@ class ServingTable(nn.Module):
         """
         return self._begin_threads(lambda: find().reshape(-1).long(), shape, None)
 
+    @property
+    def captures(self) -> bool:
+        """Whether a CUDA graph can hold a look-up: a kernel can read the rows, without the host."""
+        return self._records is not None
+
     def close(self) -> None:
         """End the thread; the store is its owner's to close."""
         self._thread.shutdown()
@@ -157,9 +162,9 @@ class ServingTable(nn.Module):
         slot.reserve(n, self.layout.record_bytes)
         records, out = self._room(n)
         told, arrived = torch.cuda.Event(), torch.cuda.Event()
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        ready = torch.cuda.current_stream(self.device).record_event()  # room and row numbers
         if ids is not None:
-            self._back.wait_stream(torch.cuda.current_stream(self.device))
+            self._back.wait_event(ready)
             with torch.cuda.stream(self._back):
                 slot.ids[:n].copy_(ids, non_blocking=True)
                 told.record()
@@ -169,6 +174,8 @@ class ServingTable(nn.Module):
                 told.synchronize()
             self.store.read(find() if ids is None else slot.ids[:n], slot.records)
             with torch.cuda.stream(self._stream):
+                # Only now: a look-up begun meanwhile must not make this one wait for what it waits for.
+                self._stream.wait_event(ready)
                 records.copy_(slot.records[:n], non_blocking=True)
                 slot.copied.record()
                 self._decode(records, out)

@@ -1,16 +1,29 @@
-"""Continue prompts token by token, from a cache: batches of unequal prompts, greedy or sampled."""
+"""Continue prompts token by token, from a cache: batches of unequal prompts, greedy or sampled.
+
+Shapes: B batch, T length, V vocabulary, M memories, H hash heads, U row width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engram_lab.errors import UserError
+from engram_lab.memory.lookup import ServingTable
 from engram_lab.model.cache import Cache
+from engram_lab.model.experts import Experts, kernels
+from engram_lab.model.graphs import captured
 from engram_lab.model.transformer import Transformer
+
+WORTH_A_GRAPH = 16
+"""Steps from which on a graph is captured: that takes about as long as a few steps without it."""
+AT_ONCE = 2
+"""Batches that take turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,41 +81,167 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
 
 
-@torch.no_grad()
+class Decoder:
+    """One batch on its way: `take` gives what was drawn last, `advance` computes the next.
+
+    `advance` returns before the device is done, so that two batches may take turns: while one is computed,
+    rows of the other's tables are read. On a GPU a step is one CUDA graph, in which tables are read that a
+    graph can read; the others are asked as soon as the ids are known, and joined before the step. A few steps
+    are not worth the capture, and experts that a kernel cannot take ask the host for their loads. A GPU works
+    as it does in training: in bfloat16 where the weights are in float32. The network is put into evaluation
+    mode, in which it stays.
+
+    Attributes:
+        over: whether what was taken last ended every row, or was the last of `length`.
+
+    Args:
+        network: that continues the prompts.
+        prompts: token ids, B of them, none empty.
+        length: most tokens to draw for each, at least 1.
+        sampling: how.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, network: Transformer, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling
+    ) -> None:
+        network.eval()
+        self.over = False
+        self._network, self._sampling, self._left = network, sampling, length
+        device = network.embedding.weight.device
+        self._mixed = device.type == "cuda" and network.embedding.weight.dtype == torch.float32
+        ids, padding = pad_left(prompts, network.eos_id, device)
+        room = ids.shape[1] + max(length, WORTH_A_GRAPH)
+        self._cache = Cache.start(network.config.n_layers, padding, room, network.eos_id)
+        self._generator = torch.Generator(device).manual_seed(sampling.seed)
+        self._ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+        self._ids = ids[:, :1].clone()
+        self._ahead = network.hash is not None and (
+            network.hash.salted
+            or any(isinstance(table, ServingTable) and not table.captures for table in network.tables)
+        )
+        self._joins: list[Callable[[], Tensor]] = []
+        self._readings: Tensor | None = None
+        captures = length >= WORTH_A_GRAPH and not self._asks_the_host()
+        self._step: Callable[[], None] | None = None if captures else self._compute
+        self._told: torch.cuda.Event | None = None
+        self._logits = self._predict(ids)
+        self._draw()
+
+    def take(self) -> list[int | None]:
+        """Return the token drawn last for every row, None for rows that had ended before; waits for it."""
+        if self._told is not None:
+            self._told.synchronize()
+        ended, drawn = self._drawn.tolist()
+        tokens = [None if done else token for done, token in zip(ended, drawn, strict=True)]
+        self._left -= 1
+        self.over = self._left == 0 or all(token in (None, self._network.eos_id) for token in tokens)
+        if self.over:
+            for join in self._joins:  # memory that is still written to may not be given back
+                join()
+        return tokens
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Compute the next position of every row and draw from it."""
+        if self._ahead:
+            readings = torch.stack([join() for join in self._joins])  # [M, B, 1, H * U]
+            self._joins = []
+            self._readings = readings if self._readings is None else self._readings.copy_(readings)
+        if self._step is None:
+            self._step = self._captured()
+        self._step()
+        self._draw()
+
+    def _draw(self) -> None:
+        """Draw the next ids, and ask the tables for them that a graph cannot read."""
+        network = self._network
+        logits = self._logits.to(torch.promote_types(self._logits.dtype, torch.float32))
+        drawn = self._sampling.draw(logits, self._generator).masked_fill(self._ended, network.eos_id)
+        # On the way now: asking for it later would wait for all that the device has to do by then.
+        self._drawn = torch.stack((self._ended.long(), drawn)).to("cpu", non_blocking=drawn.is_cuda)
+        if drawn.is_cuda:
+            self._told = torch.cuda.current_stream(drawn.device).record_event()
+        self._ended = self._ended | (drawn == network.eos_id)
+        self._ids.copy_(drawn.unsqueeze(1))
+        if self._ahead and self._left > 1:
+            assert network.hash is not None
+            addresses = self._cache.addresses(network.hash, self._ids)
+            tables: Iterable[Any] = network.tables
+            self._joins = [table.begin(a) for table, a in zip(tables, addresses, strict=True)]
+
+    def _compute(self) -> None:
+        self._logits.copy_(self._predict(self._ids))
+
+    def _predict(self, ids: Tensor) -> Tensor:
+        """Return the logits [B, V] after the next `ids` [B, T]."""
+        network, weight = self._network, self._network.head.weight
+        with torch.autocast("cuda", torch.bfloat16, self._mixed, cache_enabled=False):
+            hidden = network.hidden(ids, cache=self._cache, readings=self._readings)[:, -1]
+        return network.head(hidden.to(weight.dtype))
+
+    def _asks_the_host(self) -> bool:
+        """Whether a step waits for the device somewhere."""
+        dtype = torch.bfloat16 if self._mixed else self._network.embedding.weight.dtype
+        experts = [block.ffn for block in self._network.blocks if isinstance(block.ffn, Experts)]
+        return any(kernels is None or not kernels.fits(dtype, layer.out.shape) for layer in experts)
+
+    def _captured(self) -> Callable[[], None]:
+        """Capture a step, and forget what that has changed."""
+        changing = self._cache.changing()
+        before = [tensor.clone() for tensor in changing]
+        step = captured(self._compute, self._ids.device)
+        for tensor, value in zip(changing, before, strict=True):
+            tensor.copy_(value)
+        return step
+
+
 def stream(
     network: Transformer, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling | None = None
 ) -> Iterator[list[int | None]]:
-    """Yield the next token id of every prompt, up to `length` times.
+    """Yield the next token id of every prompt, up to `length` times, at least once.
 
     A row is over, and yields None, once it has yielded the network's end-of-text id. The network is put into
     evaluation mode, in which it stays.
     """
-    sampling = sampling or Sampling()
-    network.eval()
-    device = network.embedding.weight.device
-    ids, padding = pad_left(prompts, network.eos_id, device)
-    generator = torch.Generator(device).manual_seed(sampling.seed)
-    cache = Cache.start(network.config.n_layers, padding)
-    over = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(length):
-        logits = network.head(network.hidden(ids, cache=cache)[:, -1])
-        drawn = sampling.draw(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), generator
-        ).masked_fill(over, network.eos_id)
-        yield [None if done else token for done, token in zip(over.tolist(), drawn.tolist(), strict=True)]
-        over = over | (drawn == network.eos_id)
-        if over.all():
+    decoder = Decoder(network, prompts, length, sampling or Sampling())
+    while True:
+        yield decoder.take()
+        if decoder.over:
             return
-        ids = drawn.unsqueeze(1)
+        decoder.advance()
 
 
 def generate(
-    network: Transformer, prompts: Sequence[Sequence[int]], length: int, sampling: Sampling | None = None
+    network: Transformer,
+    prompts: Sequence[Sequence[int]],
+    length: int,
+    sampling: Sampling | None = None,
+    batch: int | None = None,
 ) -> list[list[int]]:
-    """Return up to `length` new token ids for every prompt; one that ended keeps its end-of-text id."""
+    """Return up to `length` new token ids for every prompt; one that ended keeps its end-of-text id.
+
+    Prompts are taken `batch` at a time, those of like length together, or all at once; two batches take turns
+    (see `Decoder`). Each batch draws from a seed of its own.
+    """
+    sampling = sampling or Sampling()
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    size = batch or max(1, len(prompts))
+    groups = [sorted(by_length[first : first + size]) for first in range(0, len(prompts), size)]
+    waiting = deque(enumerate(groups))
+    lanes: list[tuple[list[int], Decoder]] = []
     continuations: list[list[int]] = [[] for _ in prompts]
-    for step in stream(network, prompts, length, sampling):
-        for continuation, token in zip(continuations, step, strict=True):
-            if token is not None:
-                continuation.append(token)
+    while waiting or lanes:
+        while waiting and len(lanes) < AT_ONCE:
+            number, group = waiting.popleft()
+            seeded = replace(sampling, seed=sampling.seed + number)
+            lanes.append((group, Decoder(network, [prompts[n] for n in group], length, seeded)))
+        for group, decoder in list(lanes):
+            for n, token in zip(group, decoder.take(), strict=True):
+                if token is not None:
+                    continuations[n].append(token)
+            if decoder.over:
+                lanes.remove((group, decoder))
+            else:
+                decoder.advance()
     return continuations

@@ -6,12 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lab.errors import UserError
+from engram_lab.memory.config import MemoryConfig
 from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.cache import Cache
+from engram_lab.model.checkpoint import load, save
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.experts import FeedForwardConfig
-from engram_lab.model.generation import Sampling, generate, pad_left, stream
+from engram_lab.model.generation import Decoder, Sampling, generate, pad_left, stream
+from engram_lab.model.graphs import captured
 from engram_lab.model.initialise import initialise
 from engram_lab.model.presets import PRESETS
 from engram_lab.model.rope import YarnConfig
@@ -24,13 +27,15 @@ GROUPED = AttentionConfig(n_heads=4, n_kv_heads=2)
 LATENT = AttentionConfig(kind="latent", n_heads=2, latent_dim=10, query_latent_dim=6, rope_dim=4, yarn=YARN)
 
 
-def network(attention: AttentionConfig = GROUPED, streams: int = 1, **memory) -> Transformer:
+def network(
+    attention: AttentionConfig = GROUPED, streams: int = 1, d_model: int = 16, **memory
+) -> Transformer:
     config = ModelConfig(
         vocab_size=V,
-        d_model=16,
+        d_model=d_model,
         n_layers=3,
         attention=attention,
-        ffn=FeedForwardConfig(experts=4, top_k=2, expert_hidden=8),
+        ffn=FeedForwardConfig(experts=4, top_k=2, expert_hidden=d_model // 2),
         engram=dataclasses.replace(MEMORY, **memory),
         streams=streams,
     )
@@ -96,7 +101,7 @@ def test_cached_logits_equal_the_full_forward(settings):
     tail = 9
     ids, padding = pad_left([s[:-tail] for s in sequences], EOS, torch.device("cpu"))
     rest = torch.tensor([s[-tail:] for s in sequences])
-    cache = Cache.start(3, padding)
+    cache = Cache.start(3, padding, 26, EOS)
     pieces = [model(ids, cache=cache)]
     for a, b in ((0, 1), (1, 3), (3, 6), (6, 7), (7, 8), (8, 9)):
         pieces.append(model(rest[:, a:b], cache=cache))
@@ -117,13 +122,13 @@ def test_the_state_matters():
     full = model(ids)[:, -1]
 
     def last(forget) -> torch.Tensor:
-        cache = Cache.start(3, torch.zeros(1, dtype=torch.int64))
+        cache = Cache.start(3, torch.zeros(1, dtype=torch.int64), 20, EOS)
         model(ids[:, :-1], cache=cache)
         forget(cache)
         return model(ids[:, -1:], cache=cache)[:, -1]
 
     def history(cache: Cache) -> None:
-        cache.ids = torch.full_like(cache.ids, EOS)
+        cache.history.fill_(EOS)
 
     def convolution(cache: Cache) -> None:
         cache.layers[0].convolution.zero_()
@@ -138,9 +143,9 @@ def test_the_state_matters():
 
 def test_latent_attention_keeps_latents_only():
     model = network(attention=LATENT)
-    cache = Cache.start(3, torch.zeros(1, dtype=torch.int64))
+    cache = Cache.start(3, torch.zeros(1, dtype=torch.int64), 20, EOS)
     model(torch.tensor(some_ids(7)), cache=cache)
-    assert [tuple(t.shape) for t in cache.layers[0].kept] == [(1, 7, 10), (1, 1, 7, 4)]
+    assert [tuple(t.shape) for t in cache.layers[0].kept] == [(1, 20, 10), (1, 1, 20, 4)]
 
 
 def test_greedy_is_the_same_alone_and_in_a_batch_and_equals_repeated_full_forwards():
@@ -154,6 +159,43 @@ def test_greedy_is_the_same_alone_and_in_a_batch_and_equals_repeated_full_forwar
         for token in continuation:
             assert token == model(torch.tensor([ids]))[0, -1].argmax().item()
             ids.append(token)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 9])
+def test_batches_in_turn_continue_every_prompt_as_one_batch_does(batch):
+    model, greedy = network(), Sampling(temperature=0)
+    prompts = some_ids(9, 3, 8, 5, 12)
+    assert generate(model, prompts, 20, greedy, batch) == generate(model, prompts, 20, greedy)
+
+
+def test_batches_draw_from_seeds_of_their_own():
+    model = network()
+    (prompt,) = some_ids(6)
+    first, second = generate(model, [prompt, prompt], 12, Sampling(seed=3), 1)
+    assert first != second
+    assert generate(model, [prompt, prompt], 12, Sampling(seed=3), 1) == [first, second]
+
+
+def test_rows_of_one_batch_are_asked_for_before_the_other_is_computed(monkeypatch):
+    """Otherwise their reading would wait for nothing, and the device for it."""
+    model, waiting, seen = network(addresses="shuffled"), 0, []
+    compute, draw = Decoder._compute, Decoder._draw
+
+    def counted_draw(decoder):
+        nonlocal waiting
+        draw(decoder)
+        waiting += len(decoder._joins) > 0
+
+    def counted_compute(decoder):
+        nonlocal waiting
+        seen.append(waiting)
+        waiting -= 1
+        compute(decoder)
+
+    monkeypatch.setattr(Decoder, "_compute", counted_compute)
+    monkeypatch.setattr(Decoder, "_draw", counted_draw)
+    generate(model, some_ids(5, 5), 8, Sampling(temperature=0), 1)
+    assert seen == [2] * 13 + [1]
 
 
 def test_a_row_ends_at_end_of_text_and_the_others_go_on():
@@ -235,3 +277,41 @@ def test_a_gpu_continues_as_the_cpu_does():
     expected = generate(model, prompts, 10, greedy)
     assert generate(model.cuda(), prompts, 10, greedy) == expected
     assert len(generate(model.bfloat16(), prompts, 10, Sampling(top_k=5, top_p=0.9))) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("tier", ["resident", "host", "disk"])
+@pytest.mark.parametrize("attention", [GROUPED, LATENT], ids=["grouped", "latent"])
+@pytest.mark.parametrize("kind", [{}, {"addresses": "shuffled"}, {"streams": 2}], ids=str)
+def test_a_graph_decodes_what_launches_one_by_one_do(monkeypatch, tmp_path, tier, attention, kind):
+    save(network(attention, d_model=64, **kind).float(), tmp_path, tokenizer_hash="x")
+    tables = MemoryConfig(tier=tier, directory=str(tmp_path) if tier == "disk" else None)
+    model = load(tmp_path, device="cuda", tables=tables)
+    captures = []
+    monkeypatch.setattr(
+        "engram_lab.model.generation.captured",
+        lambda step, device: captures.append(step) or captured(step, device),
+    )
+    prompts = some_ids(9, 3, 8, 5)
+    for sampling in (Sampling(temperature=0), Sampling(seed=4, top_k=20)):
+        with monkeypatch.context() as patched:
+            patched.setattr(Decoder, "_asks_the_host", lambda _: True)
+            expected = generate(model, prompts, 24, sampling, 2)
+            assert not captures
+        assert generate(model, prompts, 24, sampling, 2) == expected
+        assert len(captures) == 2
+        captures.clear()
+    for table in model.tables:
+        if tier != "resident":
+            table.close()
+            table.store.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_experts_that_ask_the_host_are_not_captured():
+    """Experts of this width have no kernel: the capture would fail."""
+    model = network().float().cuda()
+    (row,) = generate(model, some_ids(6), 20, Sampling(temperature=0))
+    assert row
