@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:
+    from engram_lab.memory import look_up_triton as kernels
+except ImportError:  # torch for CPUs comes without triton
+    kernels = None  # type: ignore[assignment]
+
 RowStorage = Literal["float32", "bfloat16", "float8", "float8_row"]
 """How rows are stored for serving; the float8 formats are e4m3 with a power-of-two scale byte per block of 32
 values (DeepSeek-V4.1's 256 + 8 bytes) or per row."""
@@ -49,7 +54,7 @@ class ResidentTable(nn.Module):
 
     def forward(self, addresses: Tensor) -> Tensor:
         """Return [..., H * row_dim] for row numbers [..., H] of any integer type."""
-        rows = F.embedding(addresses, self.weight)
+        rows = look_up(addresses, self.weight)
         if self.storage != "float32":
             rows = rows + (round_rows(rows, self.storage) - rows).detach()
         return rows.flatten(-2)
@@ -62,6 +67,13 @@ class ResidentTable(nn.Module):
     def bytes_per_row(self) -> int:
         """Bytes one row takes as stored for serving, scales included."""
         return stored_bytes(self.weight.shape[1], self.storage)
+
+
+def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+    """Return rows [..., U] of weight [R, U] for ids [...] below R, of any integer type."""
+    if weight.is_cuda and kernels is not None:
+        return kernels.look_up(weight, ids)
+    return F.embedding(ids, weight)
 
 
 def stored_bytes(row_dim: int, storage: RowStorage) -> int:
