@@ -125,10 +125,10 @@ class DiskStore:
         if len(out) < len(numbers):
             raise IndexError(f"{len(numbers)} rows asked for, the buffer holds {len(out)}")
         if self._cache is None:
-            missing, given = np.arange(len(numbers)), None
+            missing, given, find = np.arange(len(numbers)), None, 0
         else:
             with self._lock:
-                slots, given = self._cache.find(numbers)
+                slots, given, find = self._cache.find(numbers)
                 (found,), (missing,) = np.nonzero(slots >= 0), np.nonzero(slots < 0)
                 self._copy(self._cache.records, slots[found], out, found)
         with self._lock:
@@ -141,8 +141,8 @@ class DiskStore:
         self._read_file(numbers[order], out, order)
         if self._cache is not None and given is not None:
             with self._lock:
-                # Not where a write has put newer bytes meanwhile.
-                (waiting,) = np.nonzero(self._cache.loaded(given))
+                # Not where a write has put newer bytes, or the slot has gone to another row meanwhile.
+                (waiting,) = np.nonzero(self._cache.loaded(given, find))
                 self._copy(out, waiting, self._cache.records, given[waiting])
 
     def write(self, ids: Tensor, records: Tensor) -> None:

@@ -28,6 +28,8 @@ class RowCache:
     """C slots of S bytes, found by row number; the caller sees to it that one thread at a time is inside.
 
     A slot is given to a row (`find`) before the row has been read, and is loading until its bytes are there.
+    Meanwhile the row may be written, and the slot then given to another row: what a slow reader brings
+    belongs there no more.
 
     Args:
         rows: C, rounded down to a multiple of eight, at least eight.
@@ -37,34 +39,35 @@ class RowCache:
     def __init__(self, rows: int, record_bytes: int) -> None:
         slots = max(1, rows // WAYS) * WAYS
         require_memory(
-            slots * (record_bytes + 10 + COUNTERS), "The rows kept in memory", "lower memory.cache_rows"
+            slots * (record_bytes + 17 + COUNTERS), "The rows kept in memory", "lower memory.cache_rows"
         )
         self.records = map_records(slots, record_bytes)
         self._tags = np.full(slots, EMPTY, dtype=np.int64)
         self._counts = np.zeros(slots, dtype=np.uint8)
-        self._loading = np.zeros(slots, dtype=np.bool_)
+        self._loading = np.zeros(slots, dtype=np.int64)  # number of the `find` that gave it, or 0 once ready
         self._seen = np.zeros(slots * COUNTERS, dtype=np.uint8)  # reads of rows that are not there
-        self._reads = 0
+        self._reads = self._finds = 0
 
-    def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """Look rows up and count the reads.
 
-        Returns slots [n], -1 where a row is not there, and the slots [n] given to such rows, to be filled, or
-        -1 where a row gets none.
+        Returns slots [n], -1 where a row is not there; the slots [n] given to such rows, to be filled, or -1
+        where a row gets none; and the number of this call.
         """
         slots, given = np.empty_like(ids), np.empty_like(ids)
-        _find(ids, self._tags, self._counts, self._loading, self._seen, slots, given)
+        self._finds += 1
+        _find(ids, self._tags, self._counts, self._loading, self._finds, self._seen, slots, given)
         self._reads += len(ids)
         if self._reads >= HALVED_AFTER * len(self._tags):
             self._reads = 0
             self._counts >>= 1
             self._seen >>= 1
-        return slots, given
+        return slots, given, self._finds
 
-    def loaded(self, given: np.ndarray) -> np.ndarray:
-        """Return which of the slots [n] are still loading, and mark them as ready."""
-        waiting: np.ndarray = (given >= 0) & self._loading[given]
-        self._loading[given[waiting]] = False
+    def loaded(self, given: np.ndarray, find: int) -> np.ndarray:
+        """Return which of the slots [n] still load for call number `find`, which gave them; now ready."""
+        waiting: np.ndarray = (given >= 0) & (self._loading[given] == find)
+        self._loading[given[waiting]] = 0
         return waiting
 
     def replaced(self, ids: np.ndarray) -> np.ndarray:
@@ -91,6 +94,7 @@ def _find(
     tags: np.ndarray,
     counts: np.ndarray,
     loading: np.ndarray,
+    find: int,
     seen: np.ndarray,
     slots: np.ndarray,
     given: np.ndarray,
@@ -119,7 +123,7 @@ def _find(
             if tags[least] != EMPTY:
                 its = _hash(tags[least]) % len(seen)
                 seen[its] = max(seen[its], counts[least])
-            tags[least], counts[least], loading[least] = ids[i], seen[mine], True
+            tags[least], counts[least], loading[least] = ids[i], seen[mine], find
             given[i] = least
 
 
@@ -131,5 +135,5 @@ def _places(ids: np.ndarray, tags: np.ndarray, loading: np.ndarray, slots: np.nd
         for slot in range(first, first + WAYS):
             if tags[slot] == ids[i]:
                 slots[i] = slot
-                loading[slot] = False
+                loading[slot] = 0
                 break

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -162,6 +164,44 @@ def test_frequent_rows_stay_in_memory_when_all_others_are_read_once(tmp_path: Pa
     # share their counter with another row.
     assert store.hits >= 0.85 * len(frequent)
     assert torch.equal(out[:200], expected()[frequent])
+    store.close()
+
+
+def test_a_slow_read_leaves_a_slot_that_another_row_has_got_meanwhile(tmp_path: Path) -> None:
+    """A gather under way, an update of the same row, and a checkpoint that reads: three threads, one slot."""
+    store = filled(tmp_path / "t.rows", cache_rows=8)  # one set: any row may take any slot
+    out = torch.empty(ROWS, LAYOUT.record_bytes, dtype=torch.uint8)
+    store.read(torch.arange(1, 8), out)
+    store.read(torch.arange(1, 8), out)  # the slot of row 0 will be the one read least
+    read_file, slow = store._read_file, (0, 100)
+    reached, go_on = ({row: threading.Event() for row in slow} for _ in range(2))
+
+    def held_up(ids: np.ndarray, out: Tensor, places: np.ndarray) -> None:
+        read_file(ids, out, places)
+        if len(ids) == 1 and ids[0] in slow:
+            reached[ids[0]].set()
+            assert go_on[ids[0]].wait(30)
+
+    store._read_file = held_up  # type: ignore[method-assign]
+    buffers = {row: torch.empty(1, LAYOUT.record_bytes, dtype=torch.uint8) for row in slow}
+    threads = {
+        row: threading.Thread(target=store.read, args=(torch.tensor([row]), buffers[row])) for row in slow
+    }
+    threads[0].start()
+    assert reached[0].wait(30)  # row 0 has a slot, and old bytes are on their way to it
+    write_ones(store, 0)
+    threads[100].start()
+    assert reached[100].wait(30)  # row 100 has taken that slot
+    for row in slow:
+        go_on[row].set()
+        threads[row].join()
+    store._read_file = read_file  # type: ignore[method-assign]
+    after = expected()
+    after[0] = 1
+    assert torch.equal(buffers[100], after[100:101])
+    for row in (100, 0):
+        store.read(torch.tensor([row]), buffers[row])
+        assert torch.equal(buffers[row], after[row : row + 1]), row
     store.close()
 
 
