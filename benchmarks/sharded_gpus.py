@@ -11,11 +11,14 @@ another order of summation makes anyhow. Nothing is compiled here.
 Step time: the same network under DistributedDataParallel, with readings in turn from rows spread over the
 ranks ("sharded") and from rows of which every rank has all ("resident": nothing is exchanged, so that it is
 what a step would cost if tables came for free; its ranks' tables drift apart). Blocks of steps alternate.
+
+Each part has processes of its own and a time limit: when one fails, the other is measured all the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
@@ -24,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,7 @@ from engram_lab.model.experts import FeedForwardConfig
 from engram_lab.model.hashing import NgramHash, table_rows
 from engram_lab.model.initialise import initial_rows, initialise
 from engram_lab.model.transformer import Transformer
+from engram_lab.training.execution import ExecutionConfig, prepare
 
 DEPTH, RATE, SEED = 2, 1e-3, 0
 
@@ -133,17 +138,15 @@ class Batches:
 class Loss(nn.Module):
     """The network's loss as a forward pass, which is what DistributedDataParallel wraps."""
 
-    def __init__(self, place: Place, *, compiled: bool = False) -> None:
+    def __init__(self, place: Place) -> None:
         super().__init__()
         self.net = Transformer(place.config, tables=nn.ModuleList())
         initialise(self.net, SEED)
-        torch._dynamo.config.optimize_ddp = False  # one graph, not one a bucket of gradients
-        self.loss = torch.compile(self.net.loss, dynamic=False) if compiled else self.net.loss
         self.to(place.device).train()
 
     def forward(self, ids: Tensor, targets: Tensor, readings: Tensor) -> Tensor:
         with torch.autocast(ids.device.type, torch.bfloat16):
-            return self.loss(ids, targets, readings=readings)
+            return self.net.loss(ids, targets, readings=readings)
 
 
 class Training:
@@ -155,12 +158,20 @@ class Training:
         loss: the network, wrapped where its gradients are averaged over ranks.
         batches: windows of all ranks.
         shares: windows of each micro-batch.
+        last: steps in all.
     """
 
     def __init__(
-        self, place: Place, service: RowService, loss: nn.Module, batches: Batches, shares: list[slice]
+        self,
+        place: Place,
+        service: RowService,
+        loss: nn.Module,
+        batches: Batches,
+        shares: list[slice],
+        last: int,
     ) -> None:
         self.service, self.loss, self.batches, self.shares = service, loss, batches, shares
+        self.last = last
         fused = place.device.type == "cuda"
         self.adam = torch.optim.AdamW(loss.parameters(), lr=RATE, betas=(0.9, 0.95), fused=fused)
         self.step = self.announced = 0
@@ -170,7 +181,7 @@ class Training:
         losses = []
         for _ in range(steps):
             self.step += 1
-            while self.announced < self.step + DEPTH:
+            while self.announced < min(self.step + DEPTH, self.last):
                 self.announced += 1
                 addresses = self.batches.addresses[self.announced % len(self.batches)]
                 self.service.announce(self.announced, [addresses[:, s].contiguous() for s in self.shares])
@@ -210,12 +221,12 @@ def own(place: Place, windows: int) -> slice:
 def equality(place: Place, options: argparse.Namespace) -> dict[str, Any]:
     """Losses of all steps by where the rows are, and how far they are from those of a resident table."""
     windows, length = (4, 16) if options.rehearse else (32, 1024)
-    batches = Batches(place, 8, windows, length)
+    batches, drawn = Batches(place, 8, windows, length), Loss(place)
 
     def losses(sharded: bool, shares: list[slice]) -> Tensor:
-        loss, service = Loss(place), place.service(sharded)
-        training = Training(place, service, together(place, loss) if sharded else loss, batches, shares)
-        found = training.run(options.compared)
+        loss, service = copy.deepcopy(drawn), place.service(sharded)
+        wrapped = together(place, loss) if sharded else loss
+        found = Training(place, service, wrapped, batches, shares, options.compared).run(options.compared)
         if sharded:
             found = total(found) / place.ranks
         service.close()
@@ -244,9 +255,12 @@ def step_time(place: Place, options: argparse.Namespace) -> dict[str, Any]:
     each, length = (2, 16) if options.rehearse else (32, 1024)
     windows = each * place.ranks
     batches = Batches(place, 8, windows, length)
-    loss = together(place, Loss(place, compiled=place.device.type == "cuda"))
+    network = Loss(place)
+    torch._dynamo.config.optimize_ddp = False  # a block is one graph, whatever DDP's buckets are
+    prepare(network.net, ExecutionConfig(), place.device)
+    loss, share, last = together(place, network), [own(place, windows)], options.steps * (options.rounds + 1)
     ways = {
-        name: Training(place, place.service(name == "sharded"), loss, batches, [own(place, windows)])
+        name: Training(place, place.service(name == "sharded"), loss, batches, share, last)
         for name in ("resident", "sharded")
     }
 
@@ -293,55 +307,70 @@ def step_time(place: Place, options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def work(rank: int, ranks: int, meeting: str, options: argparse.Namespace) -> None:
-    """One rank of the benchmark."""
+PARTS: dict[str, Callable[[Place, argparse.Namespace], dict[str, Any]]] = {
+    "equality": equality,
+    "step_time": step_time,
+}
+
+
+def work(rank: int, ranks: int, part: str, folder: Path, options: argparse.Namespace) -> None:
+    """One rank of a part; the first one leaves what it found."""
+    meeting = {"init_method": f"file://{folder}/meeting", "rank": rank, "world_size": ranks}
     if options.rehearse:
         torch.set_num_threads(1)
+        dist.init_process_group("gloo", **meeting)
     else:
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "gloo" if options.rehearse else "nccl", init_method=f"file://{meeting}", rank=rank, world_size=ranks
-    )
-    place = Place(rank, ranks, options)
-    machine = platform.processor() if options.rehearse else torch.cuda.get_device_name()
-    result: dict[str, Any] = {"machine": f"{ranks} x {machine}, torch {torch.__version__}"}
-    for name, part in (("equality", equality), ("step_time", step_time)):
-        result[name] = part(place, options)
-        if rank == 0:
-            print(name, {k: v for k, v in result[name].items() if k != "milliseconds"}, flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+        device = torch.device("cuda", rank)  # bound to the group, as Lightning does
+        dist.init_process_group("nccl", device_id=device, timeout=timedelta(seconds=90), **meeting)
+    found = PARTS[part](Place(rank, ranks, options), options)
+    if rank == 0:
+        (folder / "found").write_text(json.dumps(found))
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def run(part: str, ranks: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one part in as many processes as there are ranks, and end them when one fails or time is up."""
+    context, ends = multiprocessing.get_context("spawn"), time.monotonic() + options.limit
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        given = ranks, part, folder, options
+        processes = [context.Process(target=work, args=(rank, *given)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            time.sleep(0.1)
+            if any(process.exitcode for process in processes) or time.monotonic() > ends:
+                for process in processes:
+                    process.kill()
+        if (folder / "found").exists():
+            return json.loads((folder / "found").read_text())
+        return {"failed": [process.exitcode for process in processes]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, help="default: one for each GPU")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--compared", type=int, default=100, help="steps whose losses are compared")
     parser.add_argument("--steps", type=int, default=20, help="of a block that is timed")
     parser.add_argument("--rounds", type=int, default=12, help="blocks of either kind")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds that a part may take")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, in seconds")
     options = parser.parse_args()
     if options.rehearse:
         options.compared, options.steps, options.rounds = 10, 2, 3
     ranks = options.ranks or (2 if options.rehearse else torch.cuda.device_count())
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        meeting = f"{folder}/meeting"
-        processes = [
-            context.Process(target=work, args=(rank, ranks, meeting, options)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        while any(process.is_alive() for process in processes):
-            time.sleep(0.1)
-            if any(process.exitcode for process in processes):  # the others would wait for it
-                for process in processes:
-                    process.terminate()
-        for process in processes:
-            process.join()
-    raise SystemExit(max(abs(process.exitcode or 0) for process in processes))
+    machine = platform.processor() if options.rehearse else torch.cuda.get_device_name()
+    result: dict[str, Any] = {"machine": f"{ranks} x {machine}, torch {torch.__version__}"}
+    for part in options.parts:
+        result[part] = run(part, ranks, options)
+        print(part, {k: v for k, v in result[part].items() if k != "milliseconds"}, flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    raise SystemExit(any("failed" in result[part] for part in options.parts))
 
 
 if __name__ == "__main__":
