@@ -8,6 +8,7 @@ goes through its client.
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 from contextlib import closing
@@ -51,6 +52,9 @@ MISMATCHES = ("total_mismatch", "flops_mismatch")
 # Numbers of a run's memories at its end (`scaling.report.health`): metrics of this prefix, as columns.
 HEALTH = "memory/"
 
+# A run's evaluations (`scaling.report.progress`): the history of this metric, as JSON in a column of its own.
+COURSE_METRIC, COURSE = "val/loss", "evaluations"
+
 # MLflow's five states of a run, in the words of the frame.
 STATUSES = {
     "FINISHED": "finished",
@@ -71,6 +75,7 @@ _LONG = {
     "key": pl.String,
     "value": pl.String,
 }
+_POINTS = {"mlflow_run": pl.String, "step": pl.Int64, "loss": pl.Float64}
 _NUMBERS = {"mlflow_run": pl.String, "key": pl.String, "number": pl.Float64}
 
 # `latest_metrics` keeps the value of the largest step, and of the latest time within it: what a resumed run
@@ -91,6 +96,14 @@ SELECT m.run_uuid AS mlflow_run, m.key AS key, m.value AS number
 FROM latest_metrics m
 JOIN tags s ON s.run_uuid = m.run_uuid AND s.key = 'study' AND s.value = ?
 WHERE m.key LIKE ? AND NOT m.is_nan
+"""
+
+_COURSE = """
+SELECT m.run_uuid AS mlflow_run, m.step AS step, m.value AS loss
+FROM metrics m
+JOIN tags s ON s.run_uuid = m.run_uuid AND s.key = 'study' AND s.value = ?
+WHERE m.key = ? AND NOT m.is_nan
+ORDER BY m.run_uuid, m.step, m.timestamp
 """
 
 _STUDIES = """
@@ -122,8 +135,8 @@ def read_study(uri: str, study: str) -> pl.DataFrame:
 
     Columns are those of `scaling.schema`, and others that trace a row back: `code_version` and `data_hash`,
     `machine`, `total_mismatch` and `flops_mismatch`, the tags of those names; the last value of every metric
-    below `memory/`, by its name; `mlflow_run`, the id of the MLflow run
-    it was read from; and `attempts`, how many MLflow runs share this row's `run` name. Where a cell was
+    below `memory/`, by its name; `evaluations`, the history of `val/loss` as JSON;
+    `mlflow_run`, the id of the MLflow run it was read from; and `attempts`, how many MLflow runs share this row's `run` name. Where a cell was
     tried more than once, the row is the finished attempt if there is one, else the running one, else the
     latest: nothing is counted twice. Deleted runs are left out. A run that MLflow calls finished but whose
     loss is missing or not finite is `failed`, and `reason` says so.
@@ -140,6 +153,7 @@ def read_study(uri: str, study: str) -> pl.DataFrame:
         with closing(_open_sqlite(uri)) as connection:
             long = _query(connection, uri, _TRIALS, _LONG, [study, LOSS_METRIC])
             health = _query(connection, uri, _HEALTH, _NUMBERS, [study, f"{HEALTH}%"])
+            points = _query(connection, uri, _COURSE, _POINTS, [study, COURSE_METRIC])
     else:
         trials = _remote_trials(uri, study)
         long = pl.DataFrame([row for run in trials for row in _long_rows(run)], schema=_LONG, orient="row")
@@ -153,11 +167,13 @@ def read_study(uri: str, study: str) -> pl.DataFrame:
             schema=_NUMBERS,
             orient="row",
         )
+        points = _remote_points(uri, [run.info.run_id for run in trials])
     if long.is_empty():
         raise ScalingError(_no_such_study(uri, study))
     names = sorted(health["key"].unique())
     numbers = health.pivot(on="key", on_columns=names, index="mlflow_run", values="number")
-    return _one_row_a_cell(_typed(_wide(long).join(numbers, on="mlflow_run", how="left")), names)
+    wide = _wide(long).join(numbers, on="mlflow_run", how="left")
+    return _one_row_a_cell(_typed(wide.join(_courses(points), on="mlflow_run", how="left")), names)
 
 
 def _no_such_study(uri: str, study: str) -> str:
@@ -221,6 +237,30 @@ def _remote_trials(uri: str, study: str | None) -> list[Any]:
             f"The MLflow store {uri!r} did not answer: {str(error).splitlines()[0]}"
         ) from error
     return runs
+
+
+def _remote_points(uri: str, runs: list[str]) -> pl.DataFrame:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    rows = [
+        (run, point.step, point.value)
+        for run in runs
+        for point in sorted(
+            client.get_metric_history(run, COURSE_METRIC), key=lambda p: (p.step, p.timestamp)
+        )
+        if not math.isnan(point.value)
+    ]
+    return pl.DataFrame(rows, schema=_POINTS, orient="row")
+
+
+def _courses(points: pl.DataFrame) -> pl.DataFrame:
+    """Return each run's evaluations as JSON; where a resumed run repeated one, the later counts."""
+    seen: dict[str, dict[int, float]] = {}
+    for run, step, loss in points.iter_rows():
+        seen.setdefault(run, {})[step] = loss
+    rows = [(run, json.dumps(list(course.items()))) for run, course in seen.items()]
+    return pl.DataFrame(rows, schema={"mlflow_run": pl.String, COURSE: pl.String}, orient="row")
 
 
 def _quoted(value: str) -> str:
@@ -307,6 +347,15 @@ def _one_row_a_cell(runs: pl.DataFrame, health: list[str]) -> pl.DataFrame:
         .sort("run", "rank", "start_time", "mlflow_run", descending=[False, False, True, False])
         .unique("run", keep="first", maintain_order=True)
         .select(
-            *TAGS, "status", "loss", "loss_sd", *PROVENANCE, *MISMATCHES, *health, "mlflow_run", "attempts"
+            *TAGS,
+            "status",
+            "loss",
+            "loss_sd",
+            *PROVENANCE,
+            *MISMATCHES,
+            *health,
+            COURSE,
+            "mlflow_run",
+            "attempts",
         )
     )

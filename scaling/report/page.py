@@ -14,6 +14,7 @@ from scaling.report.laws import headline, laws
 from scaling.report.laws import summary as summary_of_laws
 from scaling.report.memories import memories
 from scaling.report.numbers import budget_label, fixed, interval, plural
+from scaling.report.progress import progress
 from scaling.report.runs import listing
 from scaling.report.shares import shares
 
@@ -30,6 +31,7 @@ def build(
         memories(study.memories) if study.memories else None,
         None if study.standard is None else laws(study.standard),
         None if found is None else health.section(found),
+        progress(study.runs),
         checks(study.trials, study.budget_trial),
         data(study, context, runs_hash),
         Section(ident="runs", title="Runs", blocks=(listing(study.runs),)),

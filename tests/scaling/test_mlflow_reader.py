@@ -50,6 +50,8 @@ class Store:
         for step, gate in ((50, 0.9), (100, 0.1 + 0.2)):
             self.client.log_metric(first, "memory/layer1/gate_mean", gate, step=step)
         self.client.log_metric(first, "memory/layer1/row_norm", math.nan, step=100)
+        for order, (step, loss) in enumerate([(100, 3.25), (50, 9.0), (50, 3.75)]):
+            self.client.log_metric(first, "val/loss", loss, step=step, timestamp=1_000 + order)
         second = self.trial("b", seed=1, losses=[(100, 3.5), (100, 3.25), (50, 9.0)], rho=1.0, slots=0)
         self.client.log_metric(second, "memory/layer1/row_norm", 2.5, step=100)
         self.trial("c", seed=2, losses=[(100, math.inf)], end="FAILED", reason="infinite loss at step 7")
@@ -178,6 +180,11 @@ def test_the_last_health_numbers_of_a_memory_are_columns_of_their_own(
     assert runs["b"]["memory/layer1/row_norm"] == 2.5
     assert runs["b"]["memory/layer1/gate_mean"] is None
     assert "train/loss" not in runs["a"]
+
+
+def test_evaluations_come_back_in_order_and_a_repeated_one_once(runs: dict[str, dict[str, Any]]) -> None:
+    assert runs["a"]["evaluations"] == "[[50, 3.75], [100, 3.25]]"
+    assert runs["b"]["evaluations"] is None
 
 
 def test_what_made_a_run_rides_along(store: Store) -> None:

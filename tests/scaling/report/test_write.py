@@ -231,6 +231,21 @@ def test_runs_that_say_nothing_of_their_memories_have_no_section(whole: Path) ->
     assert "Were the memories at work?" not in (whole / "report.md").read_text()
 
 
+def test_losses_while_training_are_shown_against_those_of_the_largest_share(tmp_path: Path) -> None:
+    ends = {0.0: 3.5, 0.5: 3.25, 1.0: 3.375}
+    rows = [
+        {**row, "tokens": 3e6, "evaluations": json.dumps([[10, 5.0 + s], [30, ends[rho] + s]])}
+        for row in allocation_rows("u", shares=tuple(ends))
+        for rho, s in [(float(str(row["rho"])), float(str(row["seed"])))]
+    ]
+    odd = {**rows[0], "run": "odd", "evaluations": "[[7, 9.0]]"}
+    folder = report(tmp_path, study(rows, [odd]))
+    text = (folder / "report.md").read_text().replace("\\", "")
+    assert "| ρ | runs | 1M tokens | 3M tokens |" in text
+    assert "| 0.0000 | 2 | 5.5000 | 4.0000 |" in text  # means over seeds, the odd schedule left out
+    assert "loss minus that of ρ = 1" in (folder / "figures" / "progress-1.svg").read_text()
+
+
 def test_every_check_of_the_chosen_models_is_shown(whole: Path) -> None:
     text = (whole / "report.md").read_text().replace("\\", "")
     for title in ("Does the chosen formula fit?", "Runs held out and predicted", "Influence on ρ*"):
