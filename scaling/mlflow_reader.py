@@ -133,13 +133,14 @@ def studies(uri: str) -> list[str]:
 def read_study(uri: str, study: str) -> pl.DataFrame:
     """Return the study's runs, one row a cell, sorted by run name.
 
-    Columns are those of `scaling.schema`, and others that trace a row back: `code_version` and `data_hash`,
-    `machine`, `total_mismatch` and `flops_mismatch`, the tags of those names; the last value of every metric
-    below `memory/`, by its name; `evaluations`, the history of `val/loss` as JSON;
-    `mlflow_run`, the id of the MLflow run it was read from; and `attempts`, how many MLflow runs share this row's `run` name. Where a cell was
-    tried more than once, the row is the finished attempt if there is one, else the running one, else the
-    latest: nothing is counted twice. Deleted runs are left out. A run that MLflow calls finished but whose
-    loss is missing or not finite is `failed`, and `reason` says so.
+    Columns are those of `scaling.schema`, and others that trace a row back: `code_version` and
+    `data_hash`, `machine`, `total_mismatch` and `flops_mismatch`, the tags of those names; the last value
+    of every metric below `memory/`, by its name; `evaluations`, the history of `val/loss` as JSON;
+    `mlflow_run`, the id of the MLflow run it was read from; and `attempts`, how many MLflow runs share
+    this row's `run` name. Where a cell was tried more than once, the row is the finished attempt if there
+    is one, else the running one, else the latest: nothing is counted twice. Deleted runs are left out. A
+    run that MLflow calls finished but whose loss is missing or not finite is `failed`, and `reason` says
+    so.
 
     Args:
         uri: `sqlite:///relative/path.db`, `sqlite:////absolute/path.db`, or any address MLflow's client
