@@ -112,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         default="resident",
         help="where table rows are read from; disk writes a file beside the weights, once; default: resident",
     )
+    generate.add_argument(
+        "--hot-rows", type=int, metavar="N", help="with --memory host: keep N rows of each table on the GPU"
+    )
+    generate.add_argument(
+        "--hot-text", type=Path, metavar="FILE", help="those that this text reads most; needed by --hot-rows"
+    )
     generate.set_defaults(call=_generate)
 
     inspect = commands.add_parser(
@@ -186,8 +192,13 @@ def _report(parsed: argparse.Namespace) -> None:
 
 def _generate(parsed: argparse.Namespace) -> int:
     from engram_lab.model.generation import Sampling
-    from engram_lab.model_commands import generate
+    from engram_lab.model_commands import HotRowsOption, generate
 
+    if (parsed.hot_rows is None) != (parsed.hot_text is None):
+        raise UserError(
+            "--hot-rows and --hot-text go together: how many rows, and the text they are counted on."
+        )
+    hot = None if parsed.hot_rows is None else HotRowsOption(rows=parsed.hot_rows, text=parsed.hot_text)
     sampling = Sampling(
         temperature=parsed.temperature, top_k=parsed.top_k, top_p=parsed.top_p, seed=parsed.seed
     )
@@ -198,6 +209,7 @@ def _generate(parsed: argparse.Namespace) -> int:
         sampling=sampling,
         device=parsed.device,
         memory=parsed.memory,
+        hot=hot,
     )
 
 

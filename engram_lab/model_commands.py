@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,9 +17,22 @@ from engram_lab.analysis.page import to_html
 from engram_lab.analysis.terminal import show
 from engram_lab.errors import UserError
 from engram_lab.memory.config import Tier
+from engram_lab.memory.hot_rows import HotRows, hottest
 from engram_lab.model.generation import Sampling, stream
-from engram_lab.saved_model import open_saved
+from engram_lab.saved_model import SavedModel, open_saved
 from engram_lab.spelling import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class HotRowsOption:
+    """Which rows to keep on the GPU: of each table so many, those that a text reads most."""
+
+    rows: int
+    text: Path
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise UserError(f"hot-rows is {self.rows}, but must be at least 1.")
 
 
 def generate(
@@ -26,17 +43,33 @@ def generate(
     sampling: Sampling,
     device: str | None = None,
     memory: Tier = "resident",
+    hot: HotRowsOption | None = None,
 ) -> int:
     """Print `text` and up to `length` tokens that the network continues it with, as they come.
 
     The text is taken as the beginning of a document. A blank at its end is taken to be the one before the
     next word, which vocabularies make part of that word, so that none is doubled. The continuation ends
-    where the network ends the document. `memory` says where table rows are read from. Returns the exit
-    status: 130 when interrupted, which is a usual way to stop it.
+    where the network ends the document. `memory` says where table rows are read from, `hot` which of them
+    are kept on the GPU. Returns the exit status: 130 when interrupted, which is a usual way to stop it.
     """
     if length < 1:
         raise UserError(f"tokens is {length}, but must be at least 1.")
+    if hot is not None and memory != "host":
+        raise UserError(
+            f"hot-rows keeps rows of host memory on the GPU, but memory is {memory}: add --memory host."
+        )
     saved = open_saved(checkpoint, device, memory)
+    if hot is not None:
+        where = saved.network.embedding.weight.device
+        if where.type != "cuda":
+            raise UserError(
+                f"hot-rows keeps rows on the GPU, but the network computes on {where}: leave it out."
+            )
+        share = keep_hot_rows(saved, hot)
+        print(
+            f"{hot.rows:,} rows of each table on the GPU serve {share:.1%} of the reads of {hot.text}",
+            file=sys.stderr,
+        )
     prompt = saved.encode(text.rstrip(" "))
     drawn = (step[0] for step in stream(saved.network, [prompt], length, sampling))
     kept = (token for token in drawn if token is not None and token != saved.network.eos_id)
@@ -54,6 +87,29 @@ def generate(
         return 130
     print(flush=True)
     return 0
+
+
+@torch.no_grad()
+def keep_hot_rows(saved: SavedModel, hot: HotRowsOption) -> float:
+    """Keep the rows that `hot.text` reads most beside the network, and return their share of its reads.
+
+    UserError for a text that cannot be read.
+    """
+    try:
+        text = hot.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise UserError(f"hot-text = {str(hot.text)!r} cannot be read: {reason}.") from error
+    network = saved.network
+    assert network.hash is not None
+    ids = torch.tensor([saved.encode(text)], device=network.embedding.weight.device)
+    addresses = network.hash(ids)  # [M, 1, T, H]
+    kept = 0
+    tables: Iterable[Any] = network.tables
+    for table, mine in zip(tables, addresses, strict=True):
+        table.hot = HotRows.load(table.store, hottest([mine], hot.rows), table.device)
+        kept += int((table.hot.find(mine.flatten().long()) >= 0).sum())
+    return kept / addresses.numel()
 
 
 def inspect(checkpoint: Path, text: str, *, out: Path | None = None, device: str | None = None) -> None:

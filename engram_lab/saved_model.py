@@ -82,7 +82,10 @@ def _find(checkpoint: Path) -> Path:
         )
     beside = checkpoint.parent
     others = sorted(str(path) for path in beside.iterdir() if path.is_dir()) if beside.is_dir() else []
-    raise UserError(f"there is no checkpoint {str(checkpoint)!r}.{nearest(str(checkpoint), others)}")
+    raise UserError(
+        f"there is no checkpoint {str(checkpoint)!r}: give the directory or the 16 digits of a finished run, "
+        f"which `engram-lab run RECIPE` leaves below {RUNS}.{nearest(str(checkpoint), others)}"
+    )
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

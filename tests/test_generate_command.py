@@ -7,8 +7,10 @@ from saved_networks import save_run
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from engram_lab.cli import main
+from engram_lab.errors import UserError
 from engram_lab.model.generation import Sampling, generate
-from engram_lab.saved_model import SavedModel
+from engram_lab.model_commands import HotRowsOption, keep_hot_rows
+from engram_lab.saved_model import SavedModel, open_saved
 from engram_lab.text.vocabulary import train_tokenizer
 
 PROMPT = "the cat – 東"
@@ -222,6 +224,59 @@ def test_an_unusable_checkpoint_is_one_sentence(tmp_path, capsys, change, senten
     assert (status, out) == (2, "")
     assert err.endswith(sentence + "\n")
     assert err.count("\n") == 1
+
+
+def test_a_missing_checkpoint_says_what_to_give(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for missing in ("nowhere", "0123456789abcdef", "a/b/c"):
+        status, out, err = said(capsys, missing, "x")
+        assert (status, out) == (2, "")
+        assert err.startswith("error: there is no checkpoint '")
+        assert "give the directory or the 16 digits of a finished run, which `engram-lab run RECIPE`" in err
+        assert err.count("\n") == 1
+
+
+def test_hot_rows_are_those_that_the_text_reads_most(run, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat " + "on on " * 40)
+    saved = open_saved(run[0], "cpu", "host")
+    share = keep_hot_rows(saved, HotRowsOption(rows=4, text=text))
+    often = saved.network.hash(torch.tensor([saved.encode("on on on on on")]))[0, 0, -1]
+    (table,) = saved.network.tables
+    assert (table.hot.find(often.long()) >= 0).all()
+    assert len(table.hot.records) == 4
+    assert 0.3 < share < 1
+    assert keep_hot_rows(saved, HotRowsOption(rows=10**6, text=text)) == 1
+    table.close()
+    table.store.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--hot-rows", 5], "--hot-rows and --hot-text go together"),
+        (["--hot-text", "x"], "--hot-rows and --hot-text go together"),
+        (["--hot-rows", 0, "--hot-text", "x"], "hot-rows is 0, but must be at least 1."),
+        (["--hot-rows", 5, "--hot-text", "x"], "but memory is resident: add --memory host."),
+        (
+            ["--hot-rows", 5, "--hot-text", "x", "--memory", "host", "--device", "cpu"],
+            "but the network computes on cpu: leave it out.",
+        ),
+    ],
+)
+def test_hot_rows_that_nothing_would_read_are_refused(run, capsys, options, sentence):
+    status, out, err = said(capsys, run[0], "x", *options)
+    assert (status, out) == (2, "")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_a_hot_text_that_cannot_be_read_is_one_sentence(run, tmp_path):
+    saved = open_saved(run[0], "cpu", "host")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
+    for name, reason in (("missing", "No such file"), ("bytes", "it is no text in UTF-8")):
+        with pytest.raises(UserError, match=f"hot-text = .*{name}.*: {reason}"):
+            keep_hot_rows(saved, HotRowsOption(rows=4, text=tmp_path / name))
 
 
 def test_a_missing_checkpoint_names_the_nearest(run, capsys):
