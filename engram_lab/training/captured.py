@@ -11,10 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from engram_lab.model.graphs import captured
 from engram_lab.model.transformer import Transformer
-
-WARM_UP = 3
-"""Steps launched by the host first: they compile, choose algorithms and make the libraries' workspaces."""
 
 
 class CapturedStep:
@@ -32,53 +30,40 @@ class CapturedStep:
 
     def __init__(self, network: Transformer, loss: Callable[..., Tensor]) -> None:
         self.network, self._loss = network, loss
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Callable[[], None] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._output = torch.empty(0)
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         """Return the loss, no part of an autograd graph; inputs that require a gradient receive theirs."""
-        if self._graph is None:
-            self._capture(inputs)
-        assert self._graph is not None
+        if self._replay is None:
+            self._replay = self._captured(inputs)
         for name, here in self._inputs.items():
             here.detach().copy_(inputs[name].detach(), non_blocking=True)
-        self._graph.replay()
+        self._replay()
         for name, here in self._inputs.items():
             if here.requires_grad:
                 inputs[name].backward(here.grad)
         return self._output
 
-    def _capture(self, inputs: dict[str, Tensor]) -> None:
+    def _captured(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
         self._inputs = {
             name: given.detach().clone().requires_grad_(given.requires_grad) for name, given in inputs.items()
         }
-        counts = [c.clone() for c in self.network.router_counts()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._forget_gradients()
-                self._compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        for mine, before in zip(self.network.router_counts(), counts, strict=True):
-            mine.copy_(before)
-        # Gradients made while capturing live in the graph's memory and are written by every replay.
-        self._forget_gradients()
-        graph = torch.cuda.CUDAGraph()
-        # Threads that gather rows may use CUDA meanwhile.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._output = self._compute()
-        self._graph = graph
+        counts = self.network.router_counts()
+        before = [count.clone() for count in counts]
+        replay = captured(self._compute, inputs["ids"].device)
+        for count, value in zip(counts, before, strict=True):
+            count.copy_(value)
+        return replay
 
-    def _compute(self) -> Tensor:
+    def _compute(self) -> None:
+        # Gradients made while capturing live in the graph's memory, and every replay writes them.
+        for tensor in (*self.network.parameters(), *self._inputs.values()):
+            tensor.grad = None
         # Autocast would keep converted weights from one call to the next, and a replay use old ones.
         on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         with torch.enable_grad(), torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
             loss = self._loss(**self._inputs)
         loss.backward()
-        return loss.detach()
-
-    def _forget_gradients(self) -> None:
-        for tensor in (*self.network.parameters(), *self._inputs.values()):
-            tensor.grad = None
+        self._output = loss.detach()
