@@ -6,7 +6,7 @@ parameter groups of `CompositeOptimizer` carry what differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from engram_lab.errors import UserError, nearest
 from engram_lab.memory.adagrad import row_adagrad_step
 from engram_lab.memory.sinkhorn import MOMENTUM as SINKHORN_MOMENTUM
 from engram_lab.memory.sinkhorn import sinkhorn_step
+from engram_lab.model.graphs import captured
 from engram_lab.training.muon import muon_step
 from engram_lab.training.schedule import wsd_multiplier
 
@@ -136,10 +137,21 @@ class CompositeOptimizer(torch.optim.Optimizer):
     A group holds `name`, `rule` ("adamw", "muon", "sinkhorn" or "adagrad"), `lr`, `weight_decay`, `betas`,
     `eps`, `momentum` and `fused`. Adam's pass is fused where torch has such a kernel (CPU, CUDA) and batched
     by foreach elsewhere.
+
+    Attributes:
+        captures: launch the whole update as one CUDA graph from the second step on; gradients must then stay
+            where they are.
+        gradient_scale: a number on the parameters' device that multiplies all gradients, in place, before
+            they are used; None leaves them. With `captures` it must stay where it is, too.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(list(groups), {})
+        self.captures = False
+        self.gradient_scale: Tensor | None = None
+        self._rates: list[Tensor] = []  # of the groups, where a graph reads them
+        self._written: list[float] = []  # what they hold
+        self._replay: Callable[[], None] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -148,40 +160,59 @@ class CompositeOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        rates = [group["lr"] for group in self.param_groups]
+        if not self.captures or not self._rates:
+            self._update(rates)  # makes the state
+            if self.captures:
+                device = self.param_groups[0]["params"][0].device
+                self._rates = [torch.tensor(rate, device=device) for rate in rates]
+                self._written = rates
+            return loss
+        for here, rate, written in zip(self._rates, rates, self._written, strict=True):
+            if rate != written:
+                here.fill_(rate)
+        self._written = rates
+        if self._replay is None:
+            self._replay = captured(lambda: self._update(self._rates), self._rates[0].device, warm_up=0)
+        self._replay()
+        return loss
+
+    def _update(self, rates: Sequence[float | Tensor]) -> None:
+        for group, rate in zip(self.param_groups, rates, strict=True):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
+            if self.gradient_scale is not None and not (group["rule"] == "adamw" and group["fused"]):
+                torch._foreach_mul_([p.grad for p in parameters], self.gradient_scale)  # type: ignore[misc]
             if group["rule"] == "muon":
-                self._muon(group, parameters)
+                self._muon(group, parameters, rate)
             elif group["rule"] == "sinkhorn":
-                self._sinkhorn(group, parameters)
+                self._sinkhorn(group, parameters, rate)
             elif group["rule"] == "adagrad":
-                self._adagrad(group, parameters)
+                self._adagrad(group, parameters, rate)
             else:
-                self._adamw(group, parameters)
-        return loss
+                self._adamw(group, parameters, rate)
 
-    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor], rate: float | Tensor) -> None:
         muon_step(
             parameters,
             [p.grad for p in parameters],  # type: ignore[misc]
             self._momenta(parameters),
-            lr=group["lr"],
+            lr=rate,
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
         )
 
-    def _sinkhorn(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _sinkhorn(self, group: dict[str, Any], parameters: list[Tensor], rate: float | Tensor) -> None:
         sinkhorn_step(
             parameters,
             [p.grad for p in parameters],  # type: ignore[misc]
             self._momenta(parameters),
-            lr=group["lr"],
+            lr=rate,
             momentum=group["momentum"],
         )
 
-    def _adagrad(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adagrad(self, group: dict[str, Any], parameters: list[Tensor], rate: float | Tensor) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["sum_sq"] = p.new_zeros((len(p), 1), dtype=torch.float32)
@@ -189,7 +220,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
             parameters,
             [p.grad for p in parameters],  # type: ignore[misc]
             [self.state[p]["sum_sq"] for p in parameters],
-            lr=group["lr"],
+            lr=rate,
             eps=group["eps"],
         )
 
@@ -199,7 +230,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
         return [self.state[p]["momentum"] for p in parameters]
 
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor], rate: float | Tensor) -> None:
         states = [self.state[p] for p in parameters]
         for p, state in zip(parameters, states, strict=True):
             if not state:
@@ -207,6 +238,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
+        scale = self.gradient_scale if group["fused"] else None
         adamw(
             parameters,
             [p.grad for p in parameters],  # type: ignore[misc]
@@ -216,14 +248,25 @@ class CompositeOptimizer(torch.optim.Optimizer):
             [s["step"] for s in states],
             foreach=not group["fused"],
             fused=group["fused"],
+            grad_scale=None if scale is None else scale.reciprocal(),  # the kernel divides by it
+            found_inf=None if scale is None else torch.zeros_like(scale),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=rate,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            grad_scale=self.scale.reciprocal()
+            if self.scale is not None and _scales(group, parameters)
+            else None,
         )
+
+
+def _scales(group: dict[str, Any], parameters: list[Tensor]) -> bool:
+    """Whether the group's rule scales gradients itself; shards are left to one pass for all rules."""
+    sharded = any(isinstance(p, DTensor) for p in parameters)
+    return group["rule"] == "adamw" and bool(group["fused"]) and not sharded
 
 
 def build_optimizer(
