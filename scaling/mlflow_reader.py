@@ -46,8 +46,9 @@ TAGS = (
 
 # Tags that say what made a run; they ride along, outside the schema, so that a report can tell mixed runs.
 PROVENANCE = ("code_version", "data_hash", "machine")
-# Numbers that ride along: how far a cell misses the budget it was to have, as a share of it.
-MISMATCHES = ("total_mismatch", "flops_mismatch")
+# Numbers that ride along: how far a cell misses the budget it was to have, as a share of it; how often the
+# run was opened, which is more than once where it was interrupted and resumed.
+NUMBERS = ("total_mismatch", "flops_mismatch", "openings")
 
 # Numbers of a run's memories at its end (`scaling.report.health`): metrics of this prefix, as columns.
 HEALTH = "memory/"
@@ -134,8 +135,8 @@ def read_study(uri: str, study: str) -> pl.DataFrame:
     """Return the study's runs, one row a cell, sorted by run name.
 
     Columns are those of `scaling.schema`, and others that trace a row back: `code_version` and
-    `data_hash`, `machine`, `total_mismatch` and `flops_mismatch`, the tags of those names; the last value
-    of every metric below `memory/`, by its name; `evaluations`, the history of `val/loss` as JSON;
+    `data_hash`, `machine`, `total_mismatch`, `flops_mismatch` and `openings`, the tags of those names; the
+    last value of every metric below `memory/`, by its name; `evaluations`, the history of `val/loss` as JSON;
     `mlflow_run`, the id of the MLflow run it was read from; and `attempts`, how many MLflow runs share
     this row's `run` name. Where a cell was tried more than once, the row is the finished attempt if there
     is one, else the running one, else the latest: nothing is counted twice. Deleted runs are left out. A
@@ -290,7 +291,7 @@ def _long_rows(run: Any) -> list[tuple[object, ...]]:
 
 def _wide(long: pl.DataFrame) -> pl.DataFrame:
     """Turn one row a tag into one row a run; every tag of the schema is a column of text."""
-    wanted = [*TAGS, *PROVENANCE, *MISMATCHES, "mlflow.runName"]
+    wanted = [*TAGS, *PROVENANCE, *NUMBERS, "mlflow.runName"]
     runs = long.group_by("mlflow_run").agg(pl.col("mlflow_status", "start_time", "loss").first())
     tags = (
         long.filter(pl.col("key").is_in(wanted))
@@ -314,7 +315,7 @@ def _typed(wide: pl.DataFrame) -> pl.DataFrame:
         .then(pl.coalesce("reason", pl.lit("failed; no reason was recorded")))
     )
     status = pl.when(lost).then(pl.lit("failed")).otherwise(state.replace_strict(STATUSES, default="failed"))
-    names = [*(name for name in TAGS if BY_NAME[name].kind is not str), *MISMATCHES]
+    names = [*(name for name in TAGS if BY_NAME[name].kind is not str), *NUMBERS]
     numbers = [_number(wide, name) for name in names]
     return wide.with_columns(
         *numbers,
@@ -353,7 +354,7 @@ def _one_row_a_cell(runs: pl.DataFrame, health: list[str]) -> pl.DataFrame:
             "loss",
             "loss_sd",
             *PROVENANCE,
-            *MISMATCHES,
+            *NUMBERS,
             *health,
             COURSE,
             "mlflow_run",

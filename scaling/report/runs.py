@@ -36,6 +36,7 @@ _SHOWN = (
     "seed",
     "loss",
     "attempts",
+    "openings",
     "mlflow_run",
 )
 _TEXTS = frozenset({"run", "status", "reason", "control", "sweep", "study", "mlflow_run"})
@@ -184,6 +185,8 @@ def listing(runs: Runs) -> Table:
     idle = {"reason"} if not frame["reason"].str.len_chars().sum() else set()
     if "attempts" not in frame.columns or frame["attempts"].max() == 1:
         idle.add("attempts")
+    if "openings" in frame.columns and frame["openings"].max() == 1:
+        idle.add("openings")
     shown = [name for name in _SHOWN if name not in idle]
     return Table(title="Every run", note=note, long=True, **_listing(frame.head(ROWS_SHOWN), tuple(shown)))
 
@@ -272,6 +275,8 @@ def _cell(name: str, value: object) -> str:
 def _number(name: str, value: Any) -> str:
     if name in ("rho", "rho_nominal", "loss"):
         return fixed(float(value), 4)
-    if name in ("seed", "experts", "top_k", "attempts") or (name in BY_NAME and BY_NAME[name].kind is str):
+    if name in ("seed", "experts", "top_k", "attempts", "openings") or (
+        name in BY_NAME and BY_NAME[name].kind is str
+    ):
         return significant(value, 6)
     return significant(float(value), 3) if name == "budget" else short(float(value))

@@ -67,7 +67,13 @@ class Store:
         self.client.delete_run(gone)
         self.trial("k", study='it\'s "second"', seed=0, losses=[(1, 4.0)])
         self.trial(
-            "l", study="third", seed=0, losses=[(1, 4.0)], code_version="git:1a2b", flops_mismatch=0.0125
+            "l",
+            study="third",
+            seed=0,
+            losses=[(1, 4.0)],
+            code_version="git:1a2b",
+            flops_mismatch=0.0125,
+            openings=2,
         )
         self.broken = self.trial("m", study="broken", seed=0, losses=[(1, 3.0)], budget="plenty")
 
@@ -192,6 +198,7 @@ def test_what_made_a_run_rides_along(store: Store) -> None:
     assert frame["code_version"].to_list() == ["git:1a2b"]
     assert frame["data_hash"].to_list() == [None]
     assert frame["flops_mismatch"].to_list() == [0.0125]
+    assert frame["openings"].to_list() == [2.0]
 
 
 def test_a_null_column_still_has_its_type(store: Store) -> None:
