@@ -29,14 +29,10 @@ class Plan:
         ids: global row numbers, each once, int64 [n]; head by head, in the order of their first use.
         positions: place in `ids` of every row that is read, int32 [A, M, H, B, T]; heads come before
             positions so that threads, which share out the heads, write far apart.
-        starts: where the rows of each (memory, head) begin in `ids`, int64 [M * H + 1].
-        slots: one hash index for each (memory, head): place in its part of `ids`, or -1; int32 [M * H, 2^k].
     """
 
     ids: Tensor
     positions: Tensor
-    starts: np.ndarray
-    slots: np.ndarray
 
     @property
     def reads(self) -> int:
@@ -54,42 +50,22 @@ def deduplicate(addresses: Sequence[Tensor], first_row: Sequence[int], workers: 
     A, M, B, T, H = stacked.shape
     reads = A * B * T
     bits = max(2, (2 * reads - 1).bit_length())  # at most half full
-    slots = np.empty((M * H, 1 << bits), dtype=np.int32)
     found = np.empty((M * H, reads), dtype=np.int64)
     positions = np.empty((A, M * H, B * T), dtype=np.int32)
     counts = np.zeros(M * H, dtype=np.int64)
-    given = stacked.reshape(A, M, B * T, H), np.asarray(first_row, dtype=np.int64), np.uint64(64 - bits)
-    workers.share(M * H, lambda a, b: _search(*given, slots, found, positions, counts, a, b), grain=1)
+    given = stacked.reshape(A, M, B * T, H), np.asarray(first_row, dtype=np.int64), bits
+    workers.share(M * H, lambda a, b: _search(*given, found, positions, counts, a, b), grain=1)
     starts = np.concatenate([[0], np.cumsum(counts)])
     ids = np.empty(starts[-1], dtype=np.int64)
     workers.share(M * H, lambda a, b: _join(found, starts, ids, positions, a, b), grain=1)
-    return Plan(
-        ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(positions.reshape(A, M, H, B, T)),
-        starts=starts,
-        slots=slots,
-    )
-
-
-def overlap(earlier: Plan, later: Plan, workers: Workers) -> tuple[Tensor, Tensor]:
-    """Return places in `earlier.ids` and in `later.ids` of the rows that both have, int64 [k] each."""
-    heads = len(later.slots)
-    places = np.empty((2, len(later.ids)), dtype=np.int64)
-    counts = np.zeros(heads, dtype=np.int64)
-    shift = np.uint64(64 - (earlier.slots.shape[1].bit_length() - 1))
-    given = earlier.ids.numpy(), earlier.starts, earlier.slots, shift, later.ids.numpy(), later.starts
-    workers.share(heads, lambda a, b: _overlap(*given, places, counts, a, b), grain=1)
-    found = [places[:, start : start + count] for start, count in zip(later.starts, counts, strict=False)]
-    both = torch.from_numpy(np.concatenate(found, axis=1))
-    return both[0], both[1]
+    return Plan(ids=torch.from_numpy(ids), positions=torch.from_numpy(positions.reshape(A, M, H, B, T)))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _search(
     addresses: np.ndarray,
     first_row: np.ndarray,
-    shift: np.uint64,
-    slots: np.ndarray,
+    bits: int,
     found: np.ndarray,
     positions: np.ndarray,
     counts: np.ndarray,
@@ -98,10 +74,11 @@ def _search(
 ) -> None:
     """For heads `first` to `last`: list the unique rows, and give every read its row's place in the list."""
     A, _, reads, H = addresses.shape
-    end = np.uint64(slots.shape[1] - 1)
+    index = np.empty(1 << bits, dtype=np.int32)  # by hash: place in a head's list, or -1
+    end, shift = np.uint64(len(index) - 1), np.uint64(64 - bits)
     for head in range(first, last):
         m, h = head // H, head % H
-        index, rows, count = slots[head], found[head], 0
+        rows, count = found[head], 0
         index[:] = -1
         for a in range(A):
             for i in range(reads):
@@ -130,33 +107,3 @@ def _join(
         start = starts[head]
         ids[start : starts[head + 1]] = found[head, : starts[head + 1] - start]
         positions[:, head] += np.int32(start)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _overlap(
-    earlier: np.ndarray,
-    earlier_starts: np.ndarray,
-    slots: np.ndarray,
-    shift: np.uint64,
-    later: np.ndarray,
-    later_starts: np.ndarray,
-    places: np.ndarray,
-    counts: np.ndarray,
-    first: int,
-    last: int,
-) -> None:
-    """Write both places of the rows that heads `first` to `last` share, from where their own rows begin."""
-    end = np.uint64(slots.shape[1] - 1)
-    for head in range(first, last):
-        index, start = slots[head], earlier_starts[head]
-        count = later_starts[head]
-        for i in range(later_starts[head], later_starts[head + 1]):
-            slot = (np.uint64(later[i]) * GOLDEN) >> shift
-            while index[slot] >= 0:
-                place = start + index[slot]
-                if earlier[place] == later[i]:
-                    places[0, count], places[1, count] = place, i
-                    count += 1
-                    break
-                slot = (slot + np.uint64(1)) & end
-        counts[head] = count - later_starts[head]

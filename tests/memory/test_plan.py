@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engram_lab.memory.plan import deduplicate, overlap
+from engram_lab.memory.plan import deduplicate
 from engram_lab.memory.row_copy import Workers
 
 PER_HEAD = 12
@@ -35,15 +35,6 @@ def test_positions_lead_to_the_rows_and_no_row_comes_twice(
     assert torch.equal(plan.ids[plan.positions.long()].permute(0, 1, 3, 4, 2), wanted)
     assert np.array_equal(np.unique(wanted), np.sort(plan.ids))
     assert plan.reads == wanted.numel()
-
-
-@given(seeds=st.tuples(st.integers(0, 99), st.integers(100, 199)), shape=shapes)
-def test_overlap_is_the_intersection(seeds: tuple[int, int], shape: tuple[int, int, int, int]) -> None:
-    first_row = [1000 * m for m in range(shape[0])]
-    one, other = (deduplicate(draw_addresses(seed, 1, shape), first_row, WORKERS) for seed in seeds)
-    source, target = overlap(one, other, WORKERS)
-    assert torch.equal(one.ids[source], other.ids[target])
-    assert np.array_equal(np.sort(one.ids[source]), np.intersect1d(one.ids, other.ids))
 
 
 def test_row_numbers_beyond_32_bits() -> None:
