@@ -257,16 +257,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
-            grad_scale=self.scale.reciprocal()
-            if self.scale is not None and _scales(group, parameters)
-            else None,
         )
-
-
-def _scales(group: dict[str, Any], parameters: list[Tensor]) -> bool:
-    """Whether the group's rule scales gradients itself; shards are left to one pass for all rules."""
-    sharded = any(isinstance(p, DTensor) for p in parameters)
-    return group["rule"] == "adamw" and bool(group["fused"]) and not sharded
 
 
 def build_optimizer(

@@ -85,24 +85,20 @@ def test_adamw_equals_torch_bit_for_bit() -> None:
 @pytest.mark.parametrize("matrices", ["adamw", "muon"])
 @pytest.mark.parametrize("tables", ["adam", "sinkhorn", "adagrad"])
 def test_clipping_within_the_step_equals_clipping_before_it(matrices: Any, tables: Any, fused: bool) -> None:
-    """Every rule sees the clipped gradient, and the norm is torch's; a gradient held elsewhere counts too."""
+    """Every rule sees the clipped gradient."""
     config = OptimizerConfig(matrix_optimizer=matrices, table_optimizer=tables)
-    ours, theirs, elsewhere = Net(), Net(), torch.tensor(0.3)
+    ours, theirs = Net(), Net()
     optimizer, reference = (build_optimizer(n.named_parameters(), ROLES, config) for n in (ours, theirs))
+    optimizer.gradient_scale = torch.tensor(1.0)
     for group in (*optimizer.param_groups, *reference.param_groups):
         group["fused"] = fused
-    clipped = 0
-    for limit, ids in zip((0.05, 0.5, 1e3, 0.02, 0.4), batches(5), strict=True):
+    for scale, ids in zip((0.05, 0.5, 1.0, 0.02, 0.4), batches(5), strict=True):
         for net in (ours, theirs):
             net.zero_grad()
-            (100 * net.loss(ids)).backward()
-        gradients = [p.grad for p in theirs.parameters() if p.grad is not None]
-        norm = torch.cat([g.flatten() for g in gradients] + [elsewhere.view(1)]).norm()
-        torch.testing.assert_close(optimizer.clip(limit, elsewhere), norm)
-        factor = min(1.0, limit / (norm.item() + 1e-6))
-        clipped += factor < 1
-        for gradient in gradients:
-            gradient *= factor
+            net.loss(ids).backward()
+        for gradient in (p.grad for p in theirs.parameters() if p.grad is not None):
+            gradient *= scale
+        optimizer.gradient_scale.fill_(scale)
         optimizer.step()
         reference.step()
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -111,7 +107,6 @@ def test_clipping_within_the_step_equals_clipping_before_it(matrices: Any, table
             if matrices == "adamw":  # Muon's iteration in bfloat16 shows the last bit of its momentum
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
             a.data.copy_(b)
-    assert 0 < clipped < 5
 
 
 def test_groups_rates_and_names() -> None:
