@@ -179,9 +179,9 @@ class Bench:
         self.save(decode_error=errors)
 
     def start_batch(self) -> None:
-        """Give the batches lengths at which they can be decoded and captured."""
+        """Give the batches lengths of the middle, at which they can be decoded and captured."""
         for batch in self.batches:
-            batch.lengths.fill_(self.options.shortest)
+            batch.lengths.fill_((self.options.shortest + self.options.longest) // 2)
             batch.step.zero_()
 
     def sweep(self) -> None:

@@ -261,7 +261,7 @@ class Lane:
     def __init__(self, backbone: Backbone, batch: Batch, memory: Memory | None, *, ahead: bool) -> None:
         self.batch, self.memory, self.ahead = batch, memory, ahead and memory is not None
         self._join: Callable[[], Tensor] | None = None
-        self._compute = captured(lambda: backbone.decode(batch, memory, ahead=self.ahead), backbone.device)
+        self.compute = captured(lambda: backbone.decode(batch, memory, ahead=self.ahead), backbone.device)
 
     def start(self) -> None:
         """Ask for the rows of the first step."""
@@ -274,7 +274,7 @@ class Lane:
         """Decode one token of every sequence."""
         if self._join is not None:
             self.batch.reading.copy_(self._join())
-        self._compute()
+        self.compute()
         if self.ahead:
             self._ask()
 

@@ -43,31 +43,36 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Time decoding by the kernel's settings, in turn, and leave the fastest set.
 
-    Returns milliseconds a step with each, with a table on the device and without a module; and of the
-    gather alone.
+    Returns milliseconds a step with each; with a table on the device, with a module that asks none, and
+    without a module; and of the gather alone.
     """
-    lanes: dict[str, Lane] = {}
+    memory = memories["host"]
+    assert memory is not None
+    steps_of: dict[str, Callable[[], None]] = {}
     chosen: dict[str, tuple[int, int]] = {}
     for way in ("none", "small"):
-        lanes[way] = Lane(backbone, batch, memories[way], ahead=False)
+        steps_of[way] = Lane(backbone, batch, memories[way], ahead=False).step
+    steps_of["module, its rows given"] = Lane(backbone, batch, memory, ahead=True).compute
+    if backbone.device.type == "cuda":
+        usual, memory.table._stream = memory.table._stream, torch.cuda.Stream(priority=0)
+        steps_of["on a stream of usual priority"] = Lane(backbone, batch, memory, ahead=False).step
+        memory.table._stream = usual
     for setting in SETTINGS if gather_triton is not None else SETTINGS[:2]:
         _use(setting)
         name = f"{setting[0]} rows a program, {setting[1]} under way"
-        lanes[name] = Lane(backbone, batch, memories["host"], ahead=False)
+        steps_of[name] = Lane(backbone, batch, memory, ahead=False).step
         chosen[name] = setting
-    memory = memories["host"]
-    assert memory is not None
     start = batch.lengths.clone()
-    times: dict[str, list[float]] = {name: [] for name in lanes}
+    times: dict[str, list[float]] = {name: [] for name in steps_of}
     coming = torch.randint(1, backbone.shape.vocab, (steps + 1, len(start)), device=backbone.device)
     for turn in range(rounds + 1):
-        for name in np.roll(list(lanes), turn):
+        for name in np.roll(list(steps_of), turn):
             batch.lengths.copy_(start)
             batch.feed(coming)
             finish(backbone.device)
             began = time.perf_counter()
             for _ in range(steps):
-                lanes[name].step()
+                steps_of[name]()
             finish(backbone.device)
             if turn:  # the first warms
                 times[name].append(1e3 * (time.perf_counter() - began) / steps)
