@@ -151,9 +151,10 @@ class Step:
         else:
             self.model = network
             self.run = network.loss
+            self.optimizer = build_optimizer(network.named_parameters(), roles, config)
             if graph and device == "cuda":
                 self.captured = CapturedStep(network, network.loss)
-            self.optimizer = build_optimizer(network.named_parameters(), roles, config)
+                self.optimizer.captures = True
         self.parameters = list(self.model.parameters())
 
     def __call__(self) -> Tensor:
@@ -166,9 +167,12 @@ class Step:
         if self.captured is None:
             self.optimizer.zero_grad(set_to_none=True)
             self.loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        else:
+            self.optimizer.clip(1.0, own=self.captured.norm)
         self.optimizer.step()
-        self.model.update_router_bias()
+        if self.captured is None:
+            self.model.update_router_bias()
         return self.loss
 
 

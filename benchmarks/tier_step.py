@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
@@ -212,6 +213,7 @@ def measure(
     shape = (2, 16) if options.rehearse else (32, 1024) if name == "study" else (16, 1024)
 
     captured = CapturedStep(network, network.loss) if device.type == "cuda" else None
+    optimizer.captures = captured is not None
 
     def train(way: Way, batch: int) -> None:
         inputs = {"ids": way.batches.ids[batch], "targets": way.batches.targets[batch]}
@@ -221,11 +223,11 @@ def measure(
         if captured is None:
             optimizer.zero_grad()
             loss.backward()
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([*gradients, *way.source.gradients()])
-        torch.nn.utils.clip_grads_with_norm_(network.parameters(), 1.0, norm)
+        rows = get_total_norm(way.source.gradients())
+        optimizer.clip(1.0, elsewhere=rows, own=None if captured is None else captured.norm)
         optimizer.step()
-        way.source.commit(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        assert optimizer.gradient_scale is not None
+        way.source.commit(optimizer.gradient_scale)
 
     engram = config.engram
     layout = RecordLayout(row_dim=engram.row_dim)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 
 def row_adagrad_step(
-    tables: list[Tensor], gradients: list[Tensor], sums: list[Tensor], *, lr: float, eps: float
+    tables: list[Tensor], gradients: list[Tensor], sums: list[Tensor], *, lr: float | Tensor, eps: float
 ) -> None:
     """Update `tables` [R, U] and their `sums` [R, 1] in place; a row without a gradient stays as it is."""
     for table, gradient, sum_sq in zip(tables, gradients, sums, strict=True):
         sum_sq.add_(gradient.float().square().mean(1, keepdim=True))
-        table.addcdiv_(gradient, (torch.sqrt(sum_sq) + eps).to(table.dtype), value=-lr)
+        table.sub_(gradient * (lr / (torch.sqrt(sum_sq) + eps)).to(table.dtype))

@@ -67,9 +67,14 @@ def balance(
 
 
 def sinkhorn_step(
-    tables: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], *, lr: float, momentum: float
+    tables: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float,
 ) -> None:
     """Update `tables` ([R, U] each) and their `momenta` in place; a row never read stays as it is."""
     torch._foreach_lerp_(momenta, gradients, 1.0 - momentum)
     for table, gradient, average in zip(tables, gradients, momenta, strict=True):
-        table.add_(balance(torch.lerp(gradient, average, momentum)), alpha=-lr * STEP_SIZE)
+        table.sub_(balance(torch.lerp(gradient, average, momentum)).mul_(lr * STEP_SIZE))

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from engram_lab.analysis.health import memory_health
+from engram_lab.errors import UserError
 from engram_lab.tracking.logger import BufferedMLFlowLogger
 from engram_lab.training.data import never_empty
 from engram_lab.training.module import EngramModule
@@ -279,7 +280,13 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         newest = self.directory / f"step={trainer.global_step}.ckpt"
-        trainer.save_checkpoint(newest)
+        try:
+            trainer.save_checkpoint(newest)
+        except OSError as error:
+            raise UserError(
+                f"The checkpoint of step {trainer.global_step} cannot be saved in {self.directory}: "
+                f"{error.strerror or error}; mend that or make room; the checkpoint before is intact."
+            ) from error
         if trainer.is_global_zero:
             for file in self.directory.glob("*.ckpt"):
                 if file != newest:

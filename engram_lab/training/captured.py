@@ -1,4 +1,4 @@
-"""Forward and backward pass of a training step as one CUDA graph.
+"""A training step up to its gradients as one CUDA graph.
 
 A small network's kernels take the device less time than the host needs to launch them one by one, more so
 while other threads of the process gather table rows. Captured once, a step is one launch.
@@ -10,29 +10,33 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from engram_lab.model.graphs import captured
 from engram_lab.model.transformer import Transformer
 
 
 class CapturedStep:
-    """Gives the loss of a micro-batch and leaves the gradients in the parameters' `grad`.
+    """Gives the loss of a batch, leaves the gradients in the parameters' `grad`, and balances the experts.
 
     The first call captures; each call overwrites the gradients of the one before, so they cannot be added up
     over micro-batches, and nobody may set them to None. All calls take inputs of the same shapes; what does
     not depend on them must be on the device already.
 
+    Attributes:
+        norm: of the parameters' gradients, after the first call; each call overwrites it.
+
     Args:
-        network: whose parameters get gradients; its routers count each call once.
+        network: whose parameters get gradients.
         loss: maps inputs, given by name, to the loss; called to be captured only. It may not wait for the
-            device, and changes no state but the routers' counts in a way that repeating would spoil.
+            device, and changes no state, the routers' loads aside, in a way that repeating would spoil.
     """
 
     def __init__(self, network: Transformer, loss: Callable[..., Tensor]) -> None:
         self.network, self._loss = network, loss
+        self.norm = self._output = torch.empty(0)
         self._replay: Callable[[], None] | None = None
         self._inputs: dict[str, Tensor] = {}
-        self._output = torch.empty(0)
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         """Return the loss, no part of an autograd graph; inputs that require a gradient receive theirs."""
@@ -50,11 +54,12 @@ class CapturedStep:
         self._inputs = {
             name: given.detach().clone().requires_grad_(given.requires_grad) for name, given in inputs.items()
         }
-        counts = self.network.router_counts()
-        before = [count.clone() for count in counts]
+        routers = self.network.routers()
+        state = [router.counts for router in routers] + [router.bias for router in routers]
+        before = [tensor.clone() for tensor in state]
         replay = captured(self._compute, inputs["ids"].device)
-        for count, value in zip(counts, before, strict=True):
-            count.copy_(value)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
         return replay
 
     def _compute(self) -> None:
@@ -67,3 +72,5 @@ class CapturedStep:
             loss = self._loss(**self._inputs)
         loss.backward()
         self._output = loss.detach()
+        self.norm = get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        self.network.update_router_bias()

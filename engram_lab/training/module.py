@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
 from engram_lab.model.initialise import initialise
@@ -16,7 +15,7 @@ from engram_lab.model.transformer import Transformer
 from engram_lab.training.captured import CapturedStep
 from engram_lab.training.data import never_empty
 from engram_lab.training.execution import ExecutionConfig, prepare, shard
-from engram_lab.training.optimizer import OptimizerConfig, build_optimizer, lr_multiplier
+from engram_lab.training.optimizer import CompositeOptimizer, OptimizerConfig, build_optimizer, lr_multiplier
 
 if TYPE_CHECKING:
     from engram_lab.model.config import ModelConfig
@@ -79,7 +78,6 @@ class EngramModule(LightningModule):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
         self.val_loss = MeanMetric().set_dtype(torch.float64)
         self.gradient_norm = torch.tensor(0.0)
-        self.row_scale = torch.tensor(1.0)
         self.evaluated: tuple[int, dict[str, float]] | None = None  # step and numbers of the last evaluation
         self._captured: CapturedStep | None = None
 
@@ -103,6 +101,16 @@ class EngramModule(LightningModule):
         alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
         if alone and self.device.type == "cuda" and self.execution.compiles(self.device):
             self._captured = CapturedStep(self.net, self._loss)
+
+    @property
+    def _optimizer(self) -> CompositeOptimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, CompositeOptimizer)
+        return optimizer
+
+    def on_train_start(self) -> None:
+        """Let the optimizer know that gradients stay where they are."""
+        self._optimizer.captures = self._captured is not None
 
     def on_fit_end(self) -> None:
         """Give the graph's memory back, gradients included."""
@@ -137,27 +145,28 @@ class EngramModule(LightningModule):
         if self._captured is None:
             optimizer.zero_grad()
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    def configure_gradient_clipping(  # type: ignore[override]
+        self,
+        optimizer: CompositeOptimizer,
+        gradient_clip_val: Any = None,
+        gradient_clip_algorithm: Any = None,
     ) -> None:
         """Clip the norm over all parameters, tables included, and keep it for the log."""
-        limit = self.optimizer_config.gradient_clip or math.inf
-        if self.rows is None:
-            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), limit)
-            self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            return
-        pipeline = self.rows.pipeline
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        norms = torch.stack([torch.nn.utils.get_total_norm(gradients), pipeline.gradient_norm()])
-        self.gradient_norm = norms.norm()
-        torch.nn.utils.clip_grads_with_norm_(self.net.parameters(), limit, self.gradient_norm)
-        self.row_scale = torch.clamp(limit / (self.gradient_norm + 1e-6), max=1.0)
+        rows, captured = self.rows, self._captured
+        self.gradient_norm = optimizer.clip(
+            self.optimizer_config.gradient_clip or math.inf,
+            elsewhere=None if rows is None else rows.pipeline.gradient_norm(),
+            own=None if captured is None else captured.norm,
+        )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then balance the experts by the tokens they received since the last step on all devices."""
         super().optimizer_step(*args, **kwargs)
         if self.rows is not None:
-            self.rows.pipeline.commit(self.row_scale)
+            scale = self._optimizer.gradient_scale
+            self.rows.pipeline.commit(1.0 if scale is None else scale)
+        if self._captured is not None:
+            return  # has balanced them
         if self.trainer.world_size > 1:
             for counts in self.net.router_counts():
                 torch.distributed.all_reduce(counts)

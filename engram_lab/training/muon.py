@@ -40,7 +40,7 @@ def muon_step(
     gradients: list[Tensor],
     momenta: list[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
     momentum: float,
 ) -> None:
@@ -62,7 +62,7 @@ def muon_step(
         orthogonal = orthogonalise(torch.cat(wide)).split([len(stack) for stack in wide])
         for i, update in zip(members, orthogonal, strict=True):
             target = _wide(parameters[i])
-            target.add_(update.view(target.shape), alpha=-lr * 0.2 * math.sqrt(columns))
+            target.sub_(update.view(target.shape) * (lr * 0.2 * math.sqrt(columns)))
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from engram_lab.errors import UserError, nearest
@@ -141,8 +142,8 @@ class CompositeOptimizer(torch.optim.Optimizer):
     Attributes:
         captures: launch the whole update as one CUDA graph from the second step on; gradients must then stay
             where they are.
-        gradient_scale: a number on the parameters' device that multiplies all gradients, in place, before
-            they are used; None leaves them. With `captures` it must stay where it is, too.
+        gradient_scale: a number on the parameters' device, set by `clip`, that multiplies all gradients, in
+            place, before they are used; None leaves them.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -152,6 +153,24 @@ class CompositeOptimizer(torch.optim.Optimizer):
         self._rates: list[Tensor] = []  # of the groups, where a graph reads them
         self._written: list[float] = []  # what they hold
         self._replay: Callable[[], None] | None = None
+
+    @torch.no_grad()
+    def clip(self, limit: float, elsewhere: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+        """Return the norm of all gradients, and let `step` scale them down to `limit` if it is larger.
+
+        `elsewhere` is the norm of gradients that are held by others, who are to use `gradient_scale` too;
+        `own` that of the parameters' gradients, where it is known.
+        """
+        if own is None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            own = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = own.full_tensor() if isinstance(own, DTensor) else own
+        if elsewhere is not None:
+            norm = torch.stack([norm, elsewhere]).norm()
+        if self.gradient_scale is None:
+            self.gradient_scale = torch.empty_like(norm)
+        self.gradient_scale.copy_((limit / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_ does
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -182,8 +201,8 @@ class CompositeOptimizer(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            if self.gradient_scale is not None and not (group["rule"] == "adamw" and group["fused"]):
-                torch._foreach_mul_([p.grad for p in parameters], self.gradient_scale)  # type: ignore[misc]
+            if self.gradient_scale is not None and not _scales(group):
+                torch._foreach_mul_([p.grad for p in parameters], self.gradient_scale)
             if group["rule"] == "muon":
                 self._muon(group, parameters, rate)
             elif group["rule"] == "sinkhorn":
@@ -238,7 +257,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), device=p.device if group["fused"] else "cpu")
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
-        scale = self.gradient_scale if group["fused"] else None
+        scale = self.gradient_scale if _scales(group) else None
         adamw(
             parameters,
             [p.grad for p in parameters],  # type: ignore[misc]
@@ -249,7 +268,6 @@ class CompositeOptimizer(torch.optim.Optimizer):
             foreach=not group["fused"],
             fused=group["fused"],
             grad_scale=None if scale is None else scale.reciprocal(),  # the kernel divides by it
-            found_inf=None if scale is None else torch.zeros_like(scale),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -258,6 +276,12 @@ class CompositeOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _scales(group: dict[str, Any]) -> bool:
+    """Whether the group's rule scales gradients itself; shards are left to one pass for all rules."""
+    fused = group["rule"] == "adamw" and group["fused"]
+    return fused and not any(isinstance(p, DTensor) for p in group["params"])
 
 
 def build_optimizer(

@@ -16,6 +16,7 @@ from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
 from engram_lab.training.captured import CapturedStep
 from engram_lab.training.execution import ExecutionConfig, prepare
+from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 
 pytestmark = pytest.mark.gpu
 STEPS = 12
@@ -38,14 +39,17 @@ def network(own_tables: bool) -> Transformer:
 def train(net: Transformer, captured: bool, own_tables: bool, compiled: bool) -> tuple[Tensor, Tensor]:
     """Losses [STEPS] and, with readings from outside, the gradients of what they are read from."""
     prepare(net, ExecutionConfig(compile=compiled), torch.device("cuda"))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    optimizer = build_optimizer(net.named_parameters(), net.parameter_roles(), OptimizerConfig())
+    optimizer.captures = captured
     step = CapturedStep(net, net.loss) if captured else None
     generator = torch.Generator("cuda").manual_seed(0)
     assert net.hash is not None
     rows = torch.randn(200, net.config.engram.reading_dim, device="cuda", generator=generator)  # type: ignore[union-attr]
     ids = torch.randint(512, (4, 65), device="cuda", generator=generator)
     losses, row_gradients = [], []
-    for _ in range(STEPS):
+    for number in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1.0, (number + 1) / 4)
         ids = ids.roll(1, 0)  # the same text, so that it is learnt, in other places
         inputs = {"ids": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
         leaf = rows.clone().requires_grad_()
@@ -60,8 +64,10 @@ def train(net: Transformer, captured: bool, own_tables: bool, compiled: bool) ->
             loss.backward()
         losses.append(loss.detach().clone())
         row_gradients.append(torch.zeros(()) if leaf.grad is None else leaf.grad)
+        optimizer.clip(0.5, own=None if step is None else step.norm)
         optimizer.step()
-        net.update_router_bias()
+        if step is None:
+            net.update_router_bias()
     return torch.stack(losses), torch.stack(row_gradients)
 
 
