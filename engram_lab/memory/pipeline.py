@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,8 +109,11 @@ class RowPipeline:
         self._economy = Economy()
         self._in_place = isinstance(store, DeviceStore)
         self._buffers = Buffers(layout.record_bytes, device)
-        self._gathering = ThreadPoolExecutor(1, thread_name_prefix="gather")
-        self._writing = ThreadPoolExecutor(1, thread_name_prefix="write")
+        on_device: dict[str, Any] = {}
+        if device.index:  # a new thread is on the first GPU
+            on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)}
+        self._gathering = ThreadPoolExecutor(1, thread_name_prefix="gather", **on_device)
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="write", **on_device)
         self._planners, self._ledger = Workers(threads), Ledger(store.rows)
         self._announced: dict[int, Future[Gathered]] = {}
         self._open: Gathered | None = None

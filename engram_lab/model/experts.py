@@ -202,6 +202,10 @@ class Experts(nn.Module):
             routed = self.routed(h.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)).view_as(h)
         return routed if self.shared is None else routed + self.shared(h)
 
+    def by_expert(self) -> tuple[Tensor, ...]:
+        """Return the parameters and buffers whose first dimension is E."""
+        return self.gate_up, self.out, self.router.weight, self.router.bias, self.router.counts
+
     def fused(self, h: Tensor) -> Tensor:
         """Return what the router and `routed` make of h [B, T, D], in a GPU's kernels."""
         router = self.router

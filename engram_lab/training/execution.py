@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from engram_lab.errors import UserError
+from engram_lab.model.experts import Experts
 from engram_lab.model.transformer import Block, Transformer
 
 
@@ -37,15 +38,21 @@ def prepare(network: Transformer, config: ExecutionConfig, device: torch.device)
     """Make `network` run on `device` as `config` says.
 
     Blocks are compiled one by one: they share their code, so that two compilations serve a network of any
-    depth, and tables, whose size differs from cell to cell, stay outside.
+    depth, and tables, whose size differs from cell to cell, stay outside. Nor is the number of experts fixed
+    in what is compiled, which then serves all cells of a study from the compiler's cache.
     """
     network.recomputes = config.activation_checkpointing
     if not config.compiles(device):
         return
-    # One variant a block kind, for training and for evaluation each.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    # Variants of a block: by kind, for training and for evaluation, for each network that the process trains.
+    torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.optimize_ddp = False  # blocks are smaller than what it would cut
     for block in network.blocks:
         assert isinstance(block, Block)
+        if device.type == "cuda" and isinstance(block.ffn, Experts):
+            for tensor in block.ffn.by_expert():
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         block.compute = torch.compile(block.compute, dynamic=False)  # type: ignore[method-assign]
         if block.engram is not None:
             block.recall = torch.compile(block.recall, dynamic=False)  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -98,8 +99,9 @@ class EngramModule(LightningModule):
     def on_fit_start(self) -> None:
         """Compile, on the device that the network has been moved to."""
         prepare(self.net, self.execution, self.device)
-        alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
-        if alone and self.device.type == "cuda" and self.execution.compiles(self.device):
+        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)  # no gradients are sent meanwhile
+        alone = alone and self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
+        if alone and self.execution.compiles(self.device):
             self._captured = CapturedStep(self.net, self._loss)
 
     @property
