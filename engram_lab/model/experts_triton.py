@@ -22,9 +22,12 @@ from torch import Tensor
 
 from engram_lab.model.router_triton import MOST_EXPERTS, TILE, Routing, route, route_backward
 
-_UP = _DOWN = (64, 64, 4, 3)
-"""Rows and hidden channels one program makes, its warps and loads in flight; measured on an H100."""
-_SUMMED = 16
+_WIDE = 512
+"""Width from which larger blocks and the library's grouped product win; see `_up_block`."""
+_DOWN = (64, 64, 64, 4, 4)
+"""Rows and hidden channels one program makes, channels it reads at once, its warps and loads in flight. These
+and the blocks below were the fastest of a grid on an H100 with D 256, H 128 and with D 1024, H 512."""
+_SUMMED = 4
 """Tokens whose results one program adds up."""
 
 
@@ -138,6 +141,31 @@ def _weight_gradient(
     tl.store(place, y.to(out.dtype.element_ty))
 
 
+@triton.jit
+def _product(
+    rows: tl.tensor, weight: tl.tensor, out: tl.tensor, tiles: tl.tensor, IN: tl.constexpr,
+    OUT: tl.constexpr, TRANSPOSED: tl.constexpr, TILE: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr,
+) -> None:  # fmt: skip
+    """out = rows weight[expert], or with TRANSPOSED rows weight[expert]^T."""
+    tile = tiles + tl.program_id(0) // (OUT // BO) * 4
+    expert = tl.load(tile)
+    stop = tl.load(tile + 2)
+    if expert < 0:
+        return
+    row = tl.load(tile + 1) + tl.arange(0, TILE)
+    o = tl.program_id(0) % (OUT // BO) * BO + tl.arange(0, BO)
+    k = tl.arange(0, BK)
+    a = rows + tl.minimum(row, stop - 1)[:, None] * IN + k[None, :]
+    b = weight + expert * (IN * OUT)
+    b += o[:, None] * IN + k[None, :] if TRANSPOSED else k[:, None] * OUT + o[None, :]
+    y = tl.zeros((TILE, BO), tl.float32)
+    for _ in range(0, IN, BK):
+        y = tl.dot(tl.load(a), tl.trans(tl.load(b)) if TRANSPOSED else tl.load(b), y)
+        a += BK
+        b += BK if TRANSPOSED else BK * OUT
+    tl.store(out + row[:, None] * OUT + o[None, :], y.to(out.dtype.element_ty), (row < stop)[:, None])
+
+
 @triton.jit(do_not_specialize=["N"])
 def _sum_choices(
     rows: tl.tensor, places: tl.tensor, more: tl.tensor, out: tl.tensor, N: tl.tensor, D: tl.constexpr,
@@ -173,6 +201,51 @@ def _sum(rows: Tensor, places: Tensor, K: int, more: Tensor | None = None) -> Te
     return out
 
 
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes that one program can have."""
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def _up_block(D: int, H: int, device: torch.device) -> tuple[int, int, int, int, int]:
+    """Return `_up`'s block, as `_DOWN` has it; the large one needs an H100's shared memory."""
+    if D >= _WIDE and H % 128 == 0 and _shared_memory(device) > 200_000:
+        return 128, 128, 64, 8, 4
+    return 64, _divisor(H, 64), 32, 4, 4
+
+
+def _multiply(rows: Tensor, weight: Tensor, ends: Tensor, tiles: Tensor, *, transposed: bool) -> Tensor:
+    """Multiply every row of rows [P, IN] with its expert's matrix of weight [E, IN, OUT]: [P, OUT].
+
+    With `transposed` weight is [E, OUT, IN].
+    """
+    IN, OUT = rows.shape[1], weight.shape[1 if transposed else 2]
+    if OUT >= _WIDE:
+        return F.grouped_mm(rows, weight.mT if transposed else weight, offs=ends)
+    out, bo = rows.new_empty(len(rows), OUT), _divisor(OUT, 128)
+    _product[(len(tiles) * (OUT // bo),)](
+        rows, weight, out, tiles, IN=IN, OUT=OUT, TRANSPOSED=transposed, TILE=TILE, BO=bo,
+        BK=_divisor(IN, 64), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out
+
+
+def _sum_by_expert(
+    a: Tensor, b: Tensor, routing: tuple[Tensor, Tensor, Tensor], out: Tensor, K: int, *, tokens_in_a: bool
+) -> None:
+    """Write a^T b over the rows of every expert to out [E, M, J]; a or else b is read by token.
+
+    `routing` is the order, the ends and the loads.
+    """
+    E, M, J = out.shape
+    # A small result takes more programs, so that unequal loads keep all of the GPU at work.
+    most = 128 if min(M, J) >= 256 else 64
+    bi, bj = _divisor(M, most), _divisor(J, most)
+    _weight_gradient[(E * (M // bi) * (J // bj),)](
+        a, b, *routing, out, M=M, J=J, K=K, TOKENS_IN_A=tokens_in_a, BI=bi, BJ=bj, BR=64,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+
+
 _Results = tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]  # fmt: skip
@@ -188,14 +261,14 @@ def _routed_experts(
     narrow_gate_up, narrow_out = (torch.empty_like(w, dtype=x.dtype).copy_(w) for w in (gate_up, out))
     P, n_tiles = len(routing.order), len(routing.tiles)
     before, hidden = x.new_empty(P, 2 * H), x.new_empty(P, H)
-    rows, bh, warps, stages = _UP
-    bh = _divisor(H, bh)
+    rows, bh, bk, warps, stages = _up_block(D, H, x.device)
     with torch.cuda.device_of(x):
         _up[(n_tiles * (TILE // rows) * (H // bh),)](
             x, routing.order, routing.weights, narrow_gate_up, before, hidden, routing.tiles, D=D, H=H, K=K,
-            TILE=TILE, ROWS=rows, BH=bh, BK=64, num_warps=warps, num_stages=stages,
+            TILE=TILE, ROWS=rows, BH=bh, BK=bk, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        y = _sum(F.grouped_mm(hidden, narrow_out, offs=routing.ends), routing.places, K)
+        rows_out = _multiply(hidden, narrow_out, routing.ends, routing.tiles, transposed=False)
+        y = _sum(rows_out, routing.places, K)
     return y, *routing, narrow_gate_up, narrow_out, before, hidden
 
 
@@ -247,8 +320,8 @@ def _routed_experts_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, router, gate_up and out, the last two in `dtype`."""
-    K, (E, H, D), P = weights.shape[1], out.shape, len(order)
-    rows, bh, warps, stages = _DOWN
+    K, (_, H, D), P = weights.shape[1], out.shape, len(order)
+    rows, bh, bk, warps, stages = _DOWN
     bh = _divisor(H, bh)
     grad_before = torch.empty_like(before)
     grad_share = weights.new_empty(H // bh, P)
@@ -257,19 +330,12 @@ def _routed_experts_backward(
     with torch.cuda.device_of(x):
         _down_backward[(len(tiles) * (TILE // rows) * (H // bh),)](
             grad, order, weights, out, before, grad_before, grad_share, tiles, P, D=D, H=H, K=K,
-            TILE=TILE, ROWS=rows, BH=bh, BK=64, num_warps=warps, num_stages=stages,
+            TILE=TILE, ROWS=rows, BH=bh, BK=bk, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        bi, bj = _divisor(H, 128), _divisor(D, 128)
-        _weight_gradient[(E * (H // bi) * (D // bj),)](
-            hidden, grad, order, ends, loads, grad_out, M=H, J=D, K=K, TOKENS_IN_A=False,
-            BI=bi, BJ=bj, BR=64, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        bi, bj = _divisor(D, 128), _divisor(2 * H, 128)
-        _weight_gradient[(E * (D // bi) * (2 * H // bj),)](
-            x, grad_before, order, ends, loads, grad_gate_up, M=D, J=2 * H, K=K, TOKENS_IN_A=True,
-            BI=bi, BJ=bj, BR=64, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        grad_rows = F.grouped_mm(grad_before, gate_up.mT, offs=ends)
+        routing = order, ends, loads
+        _sum_by_expert(hidden, grad, routing, grad_out, K, tokens_in_a=False)
+        _sum_by_expert(x, grad_before, routing, grad_gate_up, K, tokens_in_a=True)
+        grad_rows = _multiply(grad_before, gate_up, ends, tiles, transposed=True)
         routed, grad_router = route_backward(grad_share, x, router, chosen, weights, slopes, places)
         grad_x = _sum(grad_rows, places, K, routed)
     return grad_x, grad_router, grad_gate_up, grad_out

@@ -21,7 +21,14 @@ def off(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-SIZES = [(300, 3, 7, 64, 32), (1000, 6, 102, 256, 128), (64, 1, 300, 128, 96), (500, 4, 1000, 64, 64)]
+SIZES = [
+    (300, 3, 7, 64, 32),
+    (1000, 6, 102, 256, 128),
+    (64, 1, 300, 128, 96),
+    (500, 4, 1000, 64, 64),
+    (700, 2, 5, 512, 128),  # wide enough for large blocks
+    (300, 2, 9, 512, 96),
+]
 
 
 def parts(N, K, E, D, H, softmax):
