@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOGITS = 2**28
-"""Logits held at once; see docs/performance.md."""
+LOGITS = 2**29
+"""Logits held at once, 1 GiB of them; twice as many are no faster on an H100."""
 
 
 @triton.jit
@@ -58,7 +58,6 @@ def linear_cross_entropy(
     rows = max(1, min(LOGITS // V, len(h)))
     narrow = weight.to(h.dtype)
     buffer = h.new_empty(rows, V)
-    grad_weight.zero_()
     block = min(triton.next_power_of_2(V), 16384)
     with torch.cuda.device_of(h):
         for first in range(0, len(h), rows):
@@ -70,7 +69,8 @@ def linear_cross_entropy(
             )  # fmt: skip
             if differentiate:
                 torch.mm(logits, narrow, out=grad_h[first : first + rows])
-                grad_weight += torch.mm(logits.t(), part, out_dtype=torch.float32)
+                product = torch.mm(logits.t(), part, out_dtype=torch.float32).to(weight.dtype)
+                grad_weight = grad_weight.add_(product) if first else product
         torch.sum(losses, dim=0, out=total)
     return total, losses, grad_h, grad_weight
 
