@@ -25,6 +25,11 @@ from engram_lab.model.graphs import captured
 from engram_lab.training.muon import muon_step
 from engram_lab.training.schedule import wsd_multiplier
 
+try:
+    from engram_lab.training import adamw_triton as kernels
+except ImportError:  # torch for CPUs comes without triton
+    kernels = None  # type: ignore[assignment]
+
 Role = Literal["matrix", "vector", "embedding", "table"]
 GROUP_OF_ROLE: Mapping[Role, str] = {
     "matrix": "matrices",
@@ -137,13 +142,13 @@ class CompositeOptimizer(torch.optim.Optimizer):
 
     A group holds `name`, `rule` ("adamw", "muon", "sinkhorn" or "adagrad"), `lr`, `weight_decay`, `betas`,
     `eps`, `momentum` and `fused`. Adam's pass is fused where torch has such a kernel (CPU, CUDA) and batched
-    by foreach elsewhere.
+    by foreach elsewhere; what a graph captures takes large tensors through `adamw_triton`.
 
     Attributes:
         captures: launch the whole update as one CUDA graph from the second step on; gradients must then stay
             where they are.
-        gradient_scale: a number on the parameters' device, set by `clip`, that multiplies all gradients, in
-            place, before they are used; None leaves them.
+        gradient_scale: a number on the parameters' device, set by `clip`, that multiplies all gradients
+            before they are used; None leaves them. `grad` holds them with or without it afterwards.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -180,12 +185,14 @@ class CompositeOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rates = [group["lr"] for group in self.param_groups]
-        if not self.captures or not self._rates:
-            self._update(rates)  # makes the state
-            if self.captures:
-                device = self.param_groups[0]["params"][0].device
-                self._rates = [torch.tensor(rate, device=device) for rate in rates]
-                self._written = rates
+        if not self.captures:
+            self._update(rates)
+            return loss
+        if not self._rates:
+            device = self.param_groups[0]["params"][0].device
+            self._rates = [torch.tensor(rate, device=device) for rate in rates]
+            self._written = rates
+            self._update(self._rates)  # makes the state, and loads what the graph launches
             return loss
         for here, rate, written in zip(self._rates, rates, self._written, strict=True):
             if rate != written:
@@ -258,6 +265,11 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
         scale = self.gradient_scale if _scales(group) else None
+        if kernels is not None and scale is not None and isinstance(rate, Tensor):
+            large = [p for p in parameters if kernels.fits(p)]
+            self._adamw_large(group, large, rate, scale)
+            parameters = [p for p in parameters if not kernels.fits(p)]
+            states = [self.state[p] for p in parameters]
         adamw(
             parameters,
             [p.grad for p in parameters],  # type: ignore[misc]
@@ -276,6 +288,22 @@ class CompositeOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+    def _adamw_large(
+        self, group: dict[str, Any], parameters: list[Tensor], rate: Tensor, scale: Tensor
+    ) -> None:
+        if parameters:
+            torch._foreach_add_([self.state[p]["step"] for p in parameters], 1)
+        for p in parameters:
+            kernels.update(
+                p,
+                self.state[p],
+                rate=rate,
+                scale=scale,
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
 
 
 def _scales(group: dict[str, Any]) -> bool:
