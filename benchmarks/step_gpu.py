@@ -1,14 +1,16 @@
 """A whole training step (forward, backward, clip, optimizer, balance) on one GPU beside a plain one.
 
     python benchmarks/step_gpu.py              # writes benchmarks/results/step_gpu.{json,md}
+    python benchmarks/step_gpu.py --only large # one part, as one line of JSON
     python benchmarks/step_gpu.py --rehearse   # a tiny model on the CPU: whether everything runs
 
 Parts, in this order, each written down when it is done: losses of both over some hundred steps from equal
 weights; time a step, the two taking turns; Lightning's loop beside a bare one; kernels by component; compile
-time of a second cell, with other experts and a filled cache; a model of 0.35 B active parameters beside a
-dense one of equal FLOPs. The text is synthetic (a hidden successor for each token, with noise), so that
-routers see structure. FLOPs are 6 x active matrix parameters + causal attention, a forward product counted
-once and a backward one twice; MFU is their rate over the H100's 989 TFLOP/s.
+time of a second cell, with other experts and a filled cache; models of 0.34 and 1.03 B active parameters
+beside dense ones of equal FLOPs, which fill an 80 GB GPU. The text is synthetic (a hidden successor for each
+token, with noise), so that routers see structure. FLOPs are 6 x active matrix parameters + causal attention,
+a forward product counted once and a backward one twice, one repeated by activation checkpointing not at all;
+MFU is their rate over the H100's 989 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from plain_model import PlainModel
@@ -42,15 +44,23 @@ from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 
 PEAK = 989e12
 Batch = tuple[Tensor, Tensor, Tensor | None]
-COMPONENTS = {
-    "experts: products": ("_up", "_down_backward", "_weight_gradient", "GroupProblemShape", "grouped"),
-    "experts: choose and sort": ("_top_k", "radix_sort", "RadixSort", "searchsorted", "bucketize"),
+COMPONENTS = {  # the first that has a word of the kernel's name
+    "optimizer and clip": ("multi_tensor_apply", "_update"),
+    "experts: products": (
+        "_up",
+        "_down_backward",
+        "_product",
+        "_weight_gradient",
+        "GroupProblemShape",
+        "grouped",
+    ),
+    "experts: sums of choices": ("_sum_choices",),
+    "experts: choose and sort": ("_choose", "_accumulate", "_arrange", "_differentiate"),
     "attention": ("cudnn", "flash", "fmha"),
     "loss: softmax": ("_softmax",),
     "matrix products, head included": ("nvjet", "gemm", "cublas", "cutlass"),
-    "optimizer and clip": ("multi_tensor_apply",),
-    "embeddings and tables": ("embedding", "gather_kernel", "compute_grad_weight", "sum_and_scatter"),
-    "norms, residuals, activations, casts": ("triton_", "layer_norm"),
+    "embeddings and tables": ("embedding", "compute_grad_weight", "RadixSort", "_read", "_slices"),
+    "norms, residuals, activations, casts": ("triton_", "layer_norm", "GammaBeta"),
 }
 
 
@@ -74,6 +84,7 @@ def tiny_model(experts: int = 12) -> ModelConfig:
 
 
 def large_model() -> ModelConfig:
+    """0.34 B active parameters, 2.1 B in all."""
     return ModelConfig(
         vocab_size=32768,
         d_model=1024,
@@ -83,7 +94,19 @@ def large_model() -> ModelConfig:
     )
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def billion_model() -> ModelConfig:
+    """1.03 B active parameters, 3.6 B in all: float32 weights, moments and gradients take 53 GiB."""
+    return ModelConfig(
+        vocab_size=32768,
+        d_model=2048,
+        n_layers=20,
+        attention=AttentionConfig(n_heads=16, n_kv_heads=4),
+        ffn=FeedForwardConfig(experts=32, top_k=6, expert_hidden=768, shared_experts=2),
+    )
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Those a token is multiplied with: the embedding and rows of tables are read, not multiplied."""
     D, attention, ffn = config.d_model, config.attention, config.ffn
     width = attention.head_width(D)
     block = D * width * 2 * (attention.n_heads + attention.kv_heads)
@@ -91,7 +114,13 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     active = config.n_layers * block + config.vocab_size * D
     if config.engram is not None:
         active += 2 * config.engram.reading_dim * D * len(config.engram.layers)
-    return 6 * active + 6 * config.n_layers * attention.n_heads * width * length
+    return active
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    width = config.attention.head_width(config.d_model)
+    attention = 6 * config.n_layers * config.attention.n_heads * width * length
+    return 6 * active_parameters(config) + attention
 
 
 def build(config: ModelConfig, device: str) -> Transformer:
@@ -117,8 +146,11 @@ def text(network: Transformer, sequences: int, length: int, batches: int, device
         noise = torch.rand(sequences, length + 1, device=device, generator=generator)
         ids = ((V**noise) - 1).long().clamp(0, V - 1)  # log-uniform: few common tokens, many rare
         follows = torch.rand(sequences, length + 1, device=device, generator=generator) < 0.6
-        for t in range(1, length + 1):
-            ids[:, t] = torch.where(follows[:, t], successor[ids[:, t - 1]], ids[:, t])
+        follows[:, 0] = False
+        following = torch.where(follows[:, 1:], successor[ids[:, :-1]], ids[:, 1:])
+        while not torch.equal(following, ids[:, 1:]):  # once for each token of the longest chain
+            ids[:, 1:] = following
+            following = torch.where(follows[:, 1:], successor[ids[:, :-1]], ids[:, 1:])
         inputs = ids[:, :-1].contiguous()
         made.append((inputs, ids[:, 1:].contiguous(), None if network.hash is None else network.hash(inputs)))
     return made
@@ -286,22 +318,54 @@ def lightning_step(network: Transformer, batches: list[Batch], steps: int, devic
     return 1e3 * (clock.ended - clock.started) / (steps - steps // 2)
 
 
-def large(config: ModelConfig, sequences: int, length: int, device: str, steps: int) -> dict[str, Any]:
+class Part(NamedTuple):
+    """A model too large to train beside another."""
+
+    model: Callable[[], ModelConfig]
+    dense: bool
+    sequences: int  # of 2,048 tokens
+    steps: int  # three times as many balance the experts, and as many again are timed
+    execution: ExecutionConfig
+
+
+RECOMPUTE = ExecutionConfig(activation_checkpointing=True)
+PARTS = {
+    "large": Part(large_model, False, 16, 8, ExecutionConfig()),
+    "dense": Part(large_model, True, 16, 8, ExecutionConfig()),
+    "billion": Part(billion_model, False, 16, 3, RECOMPUTE),
+    "billion_dense": Part(billion_model, True, 16, 3, RECOMPUTE),
+}
+
+
+def measure(part: Part, device: str) -> dict[str, Any]:
+    config, sequences, length = part.model(), part.sequences, 2048
+    if device == "cpu":
+        config, sequences, length = tiny_model(), 2, 64
+    if part.dense:
+        config = replace(config, ffn=replace(config.ffn, experts=0))
     network = build(config, device)
-    prepare(network, ExecutionConfig(), torch.device(device))
-    step = Step(network, False, text(network, sequences, length, 4, device), device)
-    compiling = first_step(step, device)
+    prepare(network, part.execution, torch.device(device))
     for router in network.routers():
         router.bias_step = 0.02  # so that some steps balance what many would
-    time_steps(step, 3 * steps, device)
-    spent = [time_steps(step, steps, device) for _ in range(3)]
+    step = Step(network, False, text(network, sequences, length, 2, device), device)
+    for group in step.optimizer.param_groups:
+        group["lr"] *= 0.1  # the study's rate is for a narrow model
+    compiling = first_step(step, device)
+    time_steps(step, 3 * part.steps, device)
+    spent = [time_steps(step, part.steps, device) for _ in range(3)]
     rate = flops_per_token(config, length) * sequences * length / (1e-3 * statistics.median(spent))
+    total, active = sum(p.numel() for p in network.parameters()), active_parameters(config)
     return {
         "milliseconds": spent,
         "mfu": rate / PEAK,
-        "compile_seconds": compiling,
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "peak_GiB": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0,
+        "tokens_a_step": sequences * length,
+        "activation_checkpointing": part.execution.activation_checkpointing,
+        "parameters": total,
+        "active_parameters": active,
+        "sparsity": total / active,
+        "first_two_steps_seconds": compiling,
+        "loss": step.loss.item(),
+        "peak_GiB": torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else 0.0,
     }
 
 
@@ -311,19 +375,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--steps", type=int, default=200, help="steps over which losses are compared")
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel from the host")
-    parser.add_argument("--only", help="a part that another process of this program asks for")
+    parser.add_argument("--only", choices=("plain", "second", *PARTS), help="one part, as a line of JSON")
+    parser.add_argument("--sequences", type=int, help="a step's sequences, where --only is a larger model")
     options = parser.parse_args()
     device = "cpu" if options.rehearse else "cuda"
     model, shape = (tiny_model, (2, 32)) if options.rehearse else (study_model, (32, 1024))
     if options.only:
-        experts = {"second": 97, "plain": 102, "large": 64, "dense": 0}[options.only]
-        if options.only in ("large", "dense"):
-            config = tiny_model() if options.rehearse else large_model()
-            config = config if experts else replace(config, ffn=replace(config.ffn, experts=0))
-            print(json.dumps(large(config, 2 if options.rehearse else 16, 64 if options.rehearse else 2048,
-                                   device, 2 if options.rehearse else 8)))  # fmt: skip
+        if options.only in PARTS:
+            part = PARTS[options.only]
+            if options.sequences:
+                part = part._replace(sequences=options.sequences)
+            print(json.dumps(measure(part, device)))
             return
-        network = build(model() if options.rehearse else model(experts), device)
+        network = build(
+            model() if options.rehearse else model(97 if options.only == "second" else 102), device
+        )
         if options.only == "second":
             prepare(network, ExecutionConfig(), torch.device(device))
         batches = text(network, *shape, 1, device)
@@ -377,7 +443,7 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
     keep("second_cell", other("second"))
-    for part in ("large", "dense"):
+    for part in PARTS:
         keep(part, other(part))
 
 
