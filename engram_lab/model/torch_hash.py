@@ -40,7 +40,7 @@ class TorchNgramHash(nn.Module):
         )
         self.dtype = torch.int32 if rule.dtype().itemsize == 4 else torch.int64
         for name in ("canonical", "edge", "primes", "multipliers", "offsets"):
-            self.register_buffer(name, torch.from_numpy(getattr(rule, name).copy()))
+            self.register_buffer(name, torch.tensor(getattr(rule, name)))
         self.register_buffer("pad", torch.tensor(rule.pad))
 
     def forward(self, ids: Tensor, history: Tensor | None = None, position: int | None = None) -> Tensor:

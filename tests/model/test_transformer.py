@@ -57,6 +57,15 @@ def test_memory_comes_before_attention_and_reads_its_own_table():
     torch.testing.assert_close(logits, model.norm(h) @ model.head.weight.t())
 
 
+def test_a_network_lies_wholly_on_the_device_it_is_made_on():
+    """The hash's tables come from numpy, which knows no device; "meta" stands for a GPU."""
+    with torch.device("meta"):
+        model = Transformer(config())
+    there = {name: tensor.device.type for name, tensor in model.state_dict().items()}
+    assert any(name.startswith("hash.") for name in there)
+    assert set(there.values()) == {"meta"}, there
+
+
 def test_given_addresses_replace_hashing():
     model = network()
     addresses = model.hash(IDS)
