@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from engram_lab.memory.resident import look_up
 from engram_lab.model.attention import Attention
 from engram_lab.model.cache import Cache, LayerCache
 from engram_lab.model.config import ModelConfig
@@ -159,7 +160,7 @@ class Transformer(nn.Module):
                 addresses = self.hash(ids) if cache is None else cache.addresses(self.hash, ids)
             tables: Iterable[Any] = self.tables
             pending = [table.begin(a) for table, a in zip(tables, addresses, strict=True)]
-        h = self.embedding(ids)
+        h = look_up(ids, self.embedding.weight)
         mask = real = None
         positions = torch.arange(ids.shape[1], device=ids.device)
         if cache is not None:
