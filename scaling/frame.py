@@ -15,7 +15,7 @@ import polars as pl
 
 from scaling.errors import ScalingError, nearest
 from scaling.files import load
-from scaling.schema import ALIASES, BY_NAME, NAMES, NO_CONTROL, NULLS, STATUS_WORDS, Column, squash
+from scaling.schema import ALIASES, BY_NAME, NAMES, NO_CONTROL, NULLS, STATUS_WORDS, STATUSES, Column, squash
 
 Source = pl.DataFrame | Mapping[str, Any] | str | Path
 """What every fit accepts: a polars frame, a mapping of columns, or the path of a file (`scaling.files`)."""
@@ -95,7 +95,7 @@ def _close(name: str, columns: Sequence[str]) -> str:
 def finished(
     frame: pl.DataFrame, required: Sequence[str], sweep: str | None = None
 ) -> tuple[pl.DataFrame, tuple[Excluded, ...]]:
-    """Return the rows to fit and what was left out: failed or running, controls, other sweeps, no loss.
+    """Return the rows to fit and what was left out: not finished, controls, other sweeps, no loss.
 
     A value missing in one of `required` in a row that is otherwise to be fitted is an error that names the
     row.
@@ -113,15 +113,10 @@ def finished(
 
     if "status" in frame.columns:
         state = pl.col("status").fill_null("finished")
-        for value in ("failed", "running"):
-            frame = drop(frame, state == value, value)
-        known = frame["status"].drop_nulls().unique().sort().to_list()
-        for value in known:
+        check_statuses(frame["status"])
+        for value in STATUSES:
             if value != "finished":
-                raise ScalingError(
-                    f"Column 'status' has {value!r}; allowed are 'finished', 'failed' and 'running'."
-                    f"{nearest(value, ('finished', 'failed', 'running'))}"
-                )
+                frame = drop(frame, state == value, value)
     if "control" in frame.columns:
         frame = drop(frame, pl.col("control") != "", "control run")
     if sweep is not None and "sweep" in frame.columns:
@@ -145,6 +140,16 @@ def finished(
             + "."
         )
     return frame, tuple(excluded)
+
+
+def check_statuses(status: pl.Series) -> None:
+    """Refuse a state that no run can have, by a ScalingError."""
+    for value in status.drop_nulls().unique().sort():
+        if value not in STATUSES:
+            raise ScalingError(
+                f"Column 'status' has {value!r}; allowed are {', '.join(map(repr, STATUSES))}."
+                f"{nearest(value, STATUSES)}"
+            )
 
 
 def budget_groups(budget: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ COURSE_METRIC, COURSE = "val/loss", "evaluations"
 STATUSES = {
     "FINISHED": "finished",
     "FAILED": "failed",
-    "KILLED": "failed",
+    "KILLED": "interrupted",
     "RUNNING": "running",
     "SCHEDULED": "running",
 }
@@ -341,8 +341,8 @@ def _number(wide: pl.DataFrame, name: str) -> pl.Series:
 
 
 def _one_row_a_cell(runs: pl.DataFrame, health: list[str]) -> pl.DataFrame:
-    """Keep the attempt that counts of each cell: finished, else running, else failed; of equals the last."""
-    ranks = {"finished": 0, "running": 1, "failed": 2}
+    """Keep the attempt that counts of each cell: finished, else running; of equals the last."""
+    ranks = {"finished": 0, "running": 1, "interrupted": 2, "failed": 2}
     rank = pl.col("status").replace_strict(ranks, return_dtype=pl.Int64)
     return (
         runs.with_columns(rank.alias("rank"), pl.len().over("run").alias("attempts"))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 NULLS = frozenset({"", "na", "n/a", "#n/a", "nan", "null", "none", "nil", "-", "--", "–", "—"})
 """Texts that stand for no value, in lower case and without spaces around."""
+STATUSES = ("finished", "failed", "interrupted", "running")
+"""What a run can be; only finished ones are fitted, and an interrupted one can still be continued."""
 STATUS_WORDS: dict[str, str] = {
     "finished": "finished",
     "complete": "finished",
@@ -20,13 +22,14 @@ STATUS_WORDS: dict[str, str] = {
     "success": "finished",
     "failed": "failed",
     "crashed": "failed",
-    "killed": "failed",
     "error": "failed",
+    "interrupted": "interrupted",
+    "killed": "interrupted",
     "running": "running",
     "scheduled": "running",
     "pending": "running",
 }
-"""What stores of runs call the three states, in lower case."""
+"""What stores of runs call these states, in lower case."""
 NO_CONTROL = frozenset({"false", "no", "0"})
 """Texts in column `control` that say that a run is none, besides `NULLS`."""
 
@@ -85,9 +88,9 @@ COLUMNS: tuple[Column, ...] = (
         name="status",
         kind=str,
         unit="",
-        doc='"finished", "failed" or "running"; only finished runs are fitted.',
+        doc='"finished", "failed", "interrupted" or "running"; only finished runs are fitted.',
     ),
-    Column(name="reason", kind=str, unit="", doc="Why a run failed."),
+    Column(name="reason", kind=str, unit="", doc="Why a run failed or was interrupted."),
     _positive(
         "budget",
         float,

@@ -57,7 +57,7 @@ def summary(study: Study) -> Section:
     if lost:
         verb = "is" if lost == 1 else "are"
         text = f"{plural(lost, 'run')} of the study {verb} in no fit; each is listed with its reason below."
-        blocks.append(Caution(text))
+        blocks.append(Caution(" ".join(filter(None, (text, words.resumable(study.runs))))))
     blocks += health.caution(health.health(study.runs))
     return Section(ident="summary", title="What the runs say", blocks=tuple(blocks))
 
@@ -88,5 +88,7 @@ def _facts(study: Study) -> tuple[tuple[str, str, str], ...]:
         facts += headline(study.standard)
     runs = study.runs
     remark = f"of {runs.every.height}; {runs.failed} failed"
+    if runs.interrupted:
+        remark += f", {runs.interrupted} interrupted"
     facts.append(("Runs fitted", str(runs.fitted.height), remark))
     return tuple(facts)

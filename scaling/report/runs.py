@@ -1,4 +1,4 @@
-"""What a table of runs says before anything is fitted: who ran, who failed, what was held fixed."""
+"""What a table of runs says before anything is fitted: who ran, who did not finish, what was held fixed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from scaling.errors import ScalingError, nearest
-from scaling.frame import budget_groups, numbers
+from scaling.frame import budget_groups, check_statuses, numbers
 from scaling.report.document import Table
 from scaling.report.numbers import budget_label, fixed, plural, short, significant
 from scaling.schema import BY_NAME
@@ -19,7 +18,6 @@ ROWS_SHOWN = 500
 
 LONGEST = 24
 """Letters of a run's name on the page; some are hashes, and mlflow_run and the files identify it anyway."""
-STATUSES = ("finished", "failed", "running")
 _SHOWN = (
     "run",
     "status",
@@ -68,12 +66,25 @@ class Runs:
     """Finished, no control, with a finite loss."""
     controls: pl.DataFrame
     left_out: pl.DataFrame
-    """Failed, still running, or without a finite loss; `status` and `reason` are always filled."""
+    """Not finished, or without a finite loss; `status` and `reason` are always filled."""
 
     @property
     def failed(self) -> int:
         """How many runs failed (or finished without a loss)."""
-        return self.left_out.filter(pl.col("status") == "failed").height
+        return self._count("failed")
+
+    @property
+    def interrupted(self) -> int:
+        """How many runs were stopped before they finished and can be continued."""
+        return self._count("interrupted")
+
+    @property
+    def running(self) -> int:
+        """How many runs had not finished when they were read."""
+        return self._count("running")
+
+    def _count(self, status: str) -> int:
+        return self.left_out.filter(pl.col("status") == status).height
 
 
 def told_apart(frame: pl.DataFrame) -> Runs:
@@ -81,17 +92,14 @@ def told_apart(frame: pl.DataFrame) -> Runs:
     filled = frame.with_columns(
         _text(frame, "status", "finished"), _text(frame, "control", ""), _text(frame, "reason", "")
     )
-    for value in filled["status"].unique().sort():
-        if value not in STATUSES:
-            raise ScalingError(
-                f"Column 'status' has {value!r}; allowed are 'finished', 'failed' and 'running'."
-                f"{nearest(value, STATUSES)}"
-            )
+    check_statuses(filled["status"])
     has_loss = pl.col("loss").is_finite().fill_null(False)
     lost = (pl.col("status") == "finished") & ~has_loss
     why = (
         pl.when(lost & (pl.col("reason") == ""))
         .then(pl.lit("no finite loss"))
+        .when((pl.col("status") == "interrupted") & (pl.col("reason") == ""))
+        .then(pl.lit("stopped before it finished"))
         .when((pl.col("status") == "failed") & (pl.col("reason") == ""))
         .then(pl.lit("no reason was recorded"))
         .when((pl.col("status") == "running") & (pl.col("reason") == ""))

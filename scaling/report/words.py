@@ -31,14 +31,23 @@ if TYPE_CHECKING:
 def counted(runs: Runs) -> str:
     """Say how many runs stand behind the page and what became of the rest."""
     parts = [f"{plural(runs.fitted.height, 'finished run')}"]
-    running = runs.left_out.height - runs.failed
     if runs.controls.height:
         parts.append(f"{plural(runs.controls.height, 'control')}")
     if runs.failed:
         parts.append(f"{plural(runs.failed, 'failed run')}")
-    if running:
-        parts.append(f"{plural(running, 'run')} not finished")
+    if runs.interrupted:
+        parts.append(f"{plural(runs.interrupted, 'interrupted run')}")
+    if runs.running:
+        parts.append(f"{plural(runs.running, 'run')} not finished")
     return ", ".join(parts)
+
+
+def resumable(runs: Runs) -> str | None:
+    """Say that interrupted runs are not lost; None where there are none."""
+    if not runs.interrupted:
+        return None
+    were = "was" if runs.interrupted == 1 else "were"
+    return f"{plural(runs.interrupted, 'run')} {were} interrupted and can be resumed by the same command."
 
 
 def _u_shaped(u: UShape) -> str:

@@ -39,7 +39,7 @@ def write_report(
     alone gives both.
 
     Args:
-        frame: runs, one a row; see `scaling.schema` for the columns. Failed runs are listed, not fitted.
+        frame: runs, one a row; see `scaling.schema` for the columns. Unfinished runs are listed, not fitted.
         out_dir: the folder; made if absent, and files of these names in it are replaced.
         title: the page's heading; by default the study's name.
         context: what the caller knows and the runs do not say, shown as given. The checklist looks for
@@ -100,6 +100,7 @@ def to_dict(study: Study) -> dict[str, Any]:
             "fitted": runs.fitted.height,
             "controls": runs.controls.height,
             "failed": runs.failed,
+            "interrupted": runs.interrupted,
         },
         "allocation": [fit.to_dict() for fit in study.allocations],
         "joint": [fit.to_dict() for fit in study.joint],

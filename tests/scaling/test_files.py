@@ -72,7 +72,7 @@ def test_states_and_no_control_are_known_by_what_stores_call_them():
     state = ["FINISHED", "finished", "Completed", "crashed", "KILLED", "RUNNING", None]
     control = ["None", "none", "False", "frozen", "", None, "0"]
     frame = read({"loss": [1.0] * 7, "status": state, "control": control})
-    assert frame["status"].to_list() == [*["finished"] * 3, "failed", "failed", "running", None]
+    assert frame["status"].to_list() == [*["finished"] * 3, "failed", "interrupted", "running", None]
     assert frame["control"].to_list() == ["", "", "", "frozen", "", "", ""]
 
 

@@ -104,10 +104,10 @@ def test_files_that_cannot_be_read_say_so(tmp_path):
 def test_rows_left_out_are_listed_with_their_reason():
     frame = read(
         {
-            "rho": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
-            "loss": [1.0, 1.0, float("inf"), 1.0, None, 1.0],
-            "status": ["finished", "failed", "finished", "running", None, "finished"],
-            "control": ["", "", None, "", "", "frozen"],
+            "rho": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7],
+            "loss": [1.0, 1.0, float("inf"), 1.0, None, 1.0, 1.0],
+            "status": ["finished", "failed", "finished", "running", None, "finished", "interrupted"],
+            "control": ["", "", None, "", "", "frozen", ""],
         }
     )
     kept, excluded = finished(frame, ("rho",))
@@ -115,6 +115,7 @@ def test_rows_left_out_are_listed_with_their_reason():
     assert {(item.reason, item.rows) for item in excluded} == {
         ("failed", (2,)),
         ("running", (4,)),
+        ("interrupted", (7,)),
         ("control run", (6,)),
         ("loss missing or not finite", (3, 5)),
     }

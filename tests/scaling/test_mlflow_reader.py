@@ -150,7 +150,7 @@ def test_a_resumed_run_counts_with_the_value_of_its_last_step(runs: dict[str, di
         ("c", "failed", "infinite loss at step 7"),
         ("d", "running", None),
         ("e", "failed", "finished without a finite final/loss"),
-        ("f", "failed", "stopped before it finished"),
+        ("f", "interrupted", "stopped before it finished"),
         ("g", "failed", "failed; no reason was recorded"),
     ],
 )

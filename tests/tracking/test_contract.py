@@ -61,7 +61,7 @@ def test_states_come_back(uri: str) -> None:
     states = {r["run"]: (r["status"], r["loss"]) for r in read_study(uri, "quick").iter_rows(named=True)}
     assert states["a"] == ("finished", 3.0)
     assert states["b"] == ("failed", None)
-    assert states["c"] == ("failed", None)
+    assert states["c"] == ("interrupted", None)
     assert states["d"] == ("running", None)
     assert states["e"] == ("failed", None)
     reasons = dict(read_study(uri, "quick").select("run", "reason").iter_rows())

@@ -78,11 +78,15 @@ def memory_rows(
     ]
 
 
-def failed_rows() -> list[dict[str, object]]:
+def unfinished_rows() -> list[dict[str, object]]:
     first = {**allocation_rows("u")[0], "loss": None}
     return [
         {**first, "run": "bad", "status": "failed", "reason": "loss became NaN at step 31", "seed": 8},
         {**first, "run": "late", "status": "running", "seed": 9},
+        *(
+            {**first, "run": f"cut-{seed}", "status": "interrupted", "loss": 1.0, "seed": seed}
+            for seed in (10, 11)
+        ),
     ]
 
 

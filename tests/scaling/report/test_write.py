@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from made_up_runs import allocation_rows, failed_rows, memory_rows, study
+from made_up_runs import allocation_rows, memory_rows, study, unfinished_rows
 
 from scaling.cli import main
 from scaling.errors import ScalingError
@@ -26,7 +26,7 @@ CONTEXT = {
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    rows = study(allocation_rows("u"), memory_rows(), failed_rows())
+    rows = study(allocation_rows("u"), memory_rows(), unfinished_rows())
     return write_report(rows, folder, context=CONTEXT).parent
 
 
@@ -51,11 +51,11 @@ def test_the_folder_holds_the_page_its_pictures_the_runs_and_the_fits(whole: Pat
     pictures = sorted(path.stem for path in (whole / "figures").iterdir())
     assert len(pictures) == html.count("<svg") >= 6
     assert re.findall(r"!\[[^\]]*\]\(figures/([^)]+)\.svg\)", (whole / "report.md").read_text())
-    assert pl.read_parquet(whole / "runs.parquet").height == pl.read_csv(whole / "runs.csv").height == 34
+    assert pl.read_parquet(whole / "runs.parquet").height == pl.read_csv(whole / "runs.csv").height == 36
 
 
 def test_the_same_runs_give_the_same_bytes(whole: Path, tmp_path: Path) -> None:
-    rows = study(allocation_rows("u"), memory_rows(), failed_rows())
+    rows = study(allocation_rows("u"), memory_rows(), unfinished_rows())
     again = write_report(rows, tmp_path, context=CONTEXT).parent
     names = [str(path.relative_to(whole)) for path in sorted(whole.rglob("*")) if path.is_file()]
     same, different, odd = filecmp.cmpfiles(whole, again, names, shallow=False)
@@ -69,14 +69,18 @@ def test_the_page_needs_nothing_from_elsewhere(whole: Path) -> None:
     assert not re.search(r"url\((?!#)|@import|<script|<link|<img|<iframe", html)
 
 
-def test_a_failed_run_is_shown_with_its_reason_and_is_in_no_fit(whole: Path) -> None:
+def test_a_run_without_a_result_is_shown_with_its_reason_and_is_in_no_fit(whole: Path) -> None:
     html = (whole / "report.html").read_text()
-    assert "2 runs of the study are in no fit" in html
+    assert "32 finished runs, 1 failed run, 2 interrupted runs, 1 run not finished" in html
+    assert "4 runs of the study are in no fit" in html
+    assert "2 runs were interrupted and can be resumed by the same command." in html
+    assert "1 failed, 2 interrupted" in html
+    assert html.count("<td>stopped before it finished</td>") == 4  # two runs, each in two tables
     assert "loss became NaN at step 31" in html
     assert "had not finished when the runs were read" in html
     fits = json.loads((whole / "fits.json").read_text())
     assert fits["allocation"][0]["n"] == 18
-    assert fits["runs"] == {"all": 34, "fitted": 32, "controls": 0, "failed": 1}
+    assert fits["runs"] == {"all": 36, "fitted": 32, "controls": 0, "failed": 1, "interrupted": 2}
 
 
 def test_the_context_is_shown(whole: Path) -> None:
@@ -116,7 +120,7 @@ def test_a_straight_line_in_log_memory_is_not_called_a_power_law(whole: Path) ->
 
 
 def test_a_study_without_a_finished_run_still_gets_its_page(tmp_path: Path) -> None:
-    folder = report(tmp_path, study(failed_rows()))
+    folder = report(tmp_path, study(unfinished_rows()))
     assert "No run has finished" in words(folder)
     assert "loss became NaN at step 31" in (folder / "report.html").read_text()
 
