@@ -6,8 +6,8 @@ A store that is written reads through the page cache: a record is smaller than a
 page that is not in memory the kernel reads the page, letting no other write to the file through meanwhile (6
 thousand writes a second; 27 thousand where threads read the pages before; 52 thousand where the rows had been
 read, as those of a step have). A store that is only read goes around the page cache, so that its memory is
-the cache given to it and nothing else is evicted. Deep queues make reads fast: 7 thousand a second in one
-thread, 35 thousand in 64. io_uring cannot be reached from Python alone.
+the cache given to it and nothing else is evicted (memory/deep_reads.py). Deep queues make reads fast: 7
+thousand a second in one thread, 35 thousand in 64.
 
 Figures: python benchmarks/disk_rows.py DIRECTORY --gib 2 --turns 2, rows of 208 bytes, on two busy virtual
 cores with a virtual disk.
@@ -33,14 +33,13 @@ import torch
 from torch import Tensor
 
 from engram_lab.errors import UserError
+from engram_lab.memory.deep_reads import DeepReads
 from engram_lab.memory.disk_copy import (
     BLOCK,
     ENDED,
     bring_in,
     find_runs,
     read_buffered,
-    read_direct,
-    room_for,
     write_runs,
 )
 from engram_lab.memory.layout import RecordLayout
@@ -71,7 +70,7 @@ class DiskStore:
         writable: False to read only.
         cache_rows: rows kept in memory; None takes a sixteenth of all, or what fits a quarter of the
             available memory if that is less; 0 keeps none.
-        threads: that read; None takes 64.
+        threads: that read through the page cache; None takes 64.
 
     Attributes:
         reads, hits: rows read, and those of them found in memory.
@@ -105,7 +104,7 @@ class DiskStore:
             cache_rows = min(rows // 16, available_memory() // 4 // self.record_bytes)
         self._cache = RowCache(min(cache_rows, rows), self.record_bytes) if cache_rows else None
         self._lock, self._writing = threading.Lock(), threading.Lock()
-        self._file, self._direct = _open(path, writable)
+        self._file, direct = _open(path, writable)
         try:
             _check(self._file, path, expected, _size(rows, self.record_bytes))
             if not writable and not any(path.parent.glob(f"{path.name}.written-*")):
@@ -114,7 +113,8 @@ class DiskStore:
             os.close(self._file)
             raise
         self._log = WrittenLog(path, rows) if writable else None
-        self._workers = Workers(threads or THREADS)
+        self._deep = _deep_reads(self._file, self.record_bytes) if direct else None
+        self._workers = Workers(threads or (None if self._deep else THREADS))
 
     def read(self, ids: Tensor, out: Tensor) -> None:
         """Copy records `ids` [n] to the first n of `out`; UserError when the disk fails."""
@@ -202,6 +202,8 @@ class DiskStore:
         finally:
             if self._log is not None:
                 self._log.close(durable=not self._failure)
+            if self._deep is not None:
+                self._deep.close()
             os.close(self._file)
             self._file = -1
 
@@ -214,13 +216,14 @@ class DiskStore:
         self._workers.copy(source, torch.from_numpy(sources), target, torch.from_numpy(targets))
 
     def _read_file(self, ids: np.ndarray, out: Tensor, places: np.ndarray) -> None:
+        if self._deep is not None:
+            self._succeeded(self._deep.read(self._file, BLOCK, ids, out.data_ptr(), places), "read from")
+            return
+
         def part(first: int, last: int) -> None:
             mine, S = slice(first, last), self.record_bytes
-            which = self._file, BLOCK, ids[mine], out.data_ptr(), places[mine], S
-            if self._direct:
-                self._succeeded(read_direct(*which, room_for(S)), "read from")
-            else:
-                self._succeeded(read_buffered(*which), "read from")
+            failed = read_buffered(self._file, BLOCK, ids[mine], out.data_ptr(), places[mine], S)
+            self._succeeded(failed, "read from")
 
         self._workers.share(len(ids), part, READ_GRAIN)
 
@@ -316,6 +319,15 @@ def _open(path: Path, writable: bool) -> tuple[int, bool]:
         ) from error
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
     return file, direct
+
+
+def _deep_reads(file: int, record_bytes: int) -> DeepReads | None:
+    """Return what reads around the page cache; where the system has no such reads, go through it."""
+    try:
+        return DeepReads(record_bytes)
+    except OSError:
+        fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
+        return None
 
 
 def _check(file: int, path: Path, expected: dict[str, Any], size: int) -> None:

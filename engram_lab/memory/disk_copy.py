@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numba import carray, njit, types
 
-from engram_lab.memory.row_copy import copy_bytes
-
 BLOCK = 4096
 """Unit of the page cache and of direct reads."""
 
@@ -25,10 +23,16 @@ _errno_location: Any = types.ExternalFunction("__errno_location", types.CPointer
 
 
 @njit(nogil=True, cache=True)
+def system_error() -> int:
+    """Return the number of the last error of a call of the system, in this thread."""
+    return int(carray(_errno_location(), 1)[0])
+
+
+@njit(nogil=True, cache=True)
 def _read(fd: int, target: int, size: int, at: int) -> int:
     got = _pread(np.int32(fd), target, size, at)
     if got < 0:
-        return int(carray(_errno_location(), 1)[0])
+        return system_error()
     return 0 if got == size else ENDED
 
 
@@ -38,18 +42,9 @@ def _write(fd: int, source: int, size: int, at: int) -> int:
     while done < size:  # a disk about to be full takes a part
         put = _pwrite(np.int32(fd), source + done, size - done, at + done)
         if put < 0:
-            return int(carray(_errno_location(), 1)[0])
+            return system_error()
         done += put
     return 0
-
-
-def room_for(S: int) -> np.ndarray:
-    """Return working memory for direct reads of records of S bytes.
-
-    It comes from the caller: numba frees an array of its own after its last use, of which the use of its
-    address is none.
-    """
-    return np.empty(S + 3 * BLOCK, dtype=np.uint8)
 
 
 @njit(nogil=True, cache=True)
@@ -62,28 +57,6 @@ def read_buffered(fd: int, start: int, ids: np.ndarray, out: int, places: np.nda
         failed = _read(fd, out + places[i] * S, S, start + ids[i] * S)
         if failed:
             return failed
-    return 0
-
-
-@njit(nogil=True, cache=True)
-def read_direct(
-    fd: int, start: int, ids: np.ndarray, out: int, places: np.ndarray, S: int, room: np.ndarray
-) -> int:
-    """As `read_buffered`, for a file opened with O_DIRECT: whole blocks, each once if `ids` are ascending.
-
-    `room` is working memory, uint8 [room_for(S)].
-    """
-    bounce = (room.ctypes.data + BLOCK - 1) // BLOCK * BLOCK
-    held, until = 0, 0
-    for i in range(len(ids)):
-        a = start + ids[i] * S
-        if a < held or a + S > until:
-            held = a // BLOCK * BLOCK
-            until = (a + S + BLOCK - 1) // BLOCK * BLOCK
-            failed = _read(fd, bounce, until - held, held)
-            if failed:
-                return failed
-        copy_bytes(out + places[i] * S, bounce + (a - held), S)
     return 0
 
 
