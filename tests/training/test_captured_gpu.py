@@ -19,7 +19,10 @@ from engram_lab.training.captured import CapturedStep
 from engram_lab.training.execution import ExecutionConfig, prepare
 from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 STEPS = 12
 
 
