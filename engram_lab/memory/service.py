@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.resident import RowStorage, round_rows
+from engram_lab.memory.resident import RowStorage, look_up, round_rows
 from engram_lab.memory.row_optimizer import RowOptimizer
 from engram_lab.memory.stores import RowStore
 from engram_lab.memory.touched import TouchedRows
@@ -127,7 +126,7 @@ def trained_reading(rows: Tensor, positions: Tensor, storage: RowStorage) -> Ten
     """
     if storage != "float32":
         rows = rows + (round_rows(rows.detach(), storage) - rows).detach()
-    return F.embedding(positions.permute(0, 2, 3, 1), rows).flatten(-2)
+    return look_up(positions.permute(0, 2, 3, 1), rows).flatten(-2)
 
 
 def evaluated_reading(rows: Tensor, positions: Tensor, addresses: Tensor, storage: RowStorage) -> Tensor:
@@ -135,7 +134,7 @@ def evaluated_reading(rows: Tensor, positions: Tensor, addresses: Tensor, storag
     if storage != "float32":
         rows = round_rows(rows, storage)
     places = positions.view(addresses.shape[-1], addresses[..., 0].numel()).mT
-    return F.embedding(places, rows).flatten(-2).view(*addresses.shape[:-1], places.shape[1] * rows.shape[1])
+    return look_up(places, rows).flatten(-2).view(*addresses.shape[:-1], places.shape[1] * rows.shape[1])
 
 
 def as_one_batch(addresses: Tensor) -> Tensor:
