@@ -8,8 +8,9 @@ turns on every group of 128: no module; the module in the second block with a sm
 same with the large FP8 table in host memory. The first ratio is the module's own arithmetic (its hash
 included), the second the look-up. Random tokens have no locality: every row is read from anywhere.
 
-Then two batches of 128 take turns in decoding, so that the rows of one are read by threads during a whole
-step of the other; all ways do so.
+A pair serves one group there and back (small, host, host, small; the next pair host, small, small, host), so
+that a drift of the clock falls on both ways alike. Losses are medians over pairs. Before the first of them,
+every shape is prefilled with a module: the first to meet a shape loads its kernels.
 
 Results are written after every group; `--rehearse` runs everything in seconds on a CPU, at toy sizes.
 """
@@ -36,12 +37,14 @@ from serving_tables import SMALL, add_table_options, build_memory, engram, fill,
 from engram_lab.files import write_atomically
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.lookup import SLOTS, ServingTable
+from engram_lab.memory.lookup import ServingTable
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
 
 WAYS = ("none", "small", "host")
+TURNS = 2
+"""Times that a pair serves its group each way: there and back."""
 SPARE = 8
 """Tokens that sequences may have beyond the longest: what captures and checks decode."""
 
@@ -57,10 +60,10 @@ def summarise(pairs: list[dict[str, Any]], options: argparse.Namespace) -> dict[
     }
     for way in WAYS:
         mine = [pair for pair in pairs if way in pair]
-        prefill, decode = (sum(pair[way][part] for pair in mine) for part in BOTH)
-        new = options.new * options.batch * len(mine)
+        prefill, decode = (sum(sum(pair[way][part]) for pair in mine) for part in BOTH)
+        new = options.new * options.batch * TURNS * len(mine)
         found[f"tokens_per_second_{way}"] = {
-            "prefill": sum(pair["prompt_tokens"] for pair in mine) / prefill,
+            "prefill": sum(pair["prompt_tokens"] for pair in mine) * TURNS / prefill,
             "decode": new / decode,
             "new_tokens_overall": new / (prefill + decode),
         }
@@ -122,16 +125,11 @@ class Bench:
         shape, dtype = SHAPES[name], torch.bfloat16 if device.type == "cuda" else torch.float32
         longest = options.longest + options.new + SPARE
         self.backbone = Backbone(shape, longest, device, dtype)
-        self.batches = [
-            Batch(
-                self.backbone, options.batch, longest, options.new + SPARE, 2 * options.heads, options.row_dim
-            )
-            for _ in range(2)
-        ]
+        self.batch = Batch(
+            self.backbone, options.batch, longest, options.new + SPARE, 2 * options.heads, options.row_dim
+        )
         self.prompts = groups(options, shape, device)
-        self.coming = [
-            torch.randint(1, shape.vocab, (options.new + 1, options.batch), device=device) for _ in range(2)
-        ]
+        self.coming = torch.randint(1, shape.vocab, (options.new + 1, options.batch), device=device)
         self.result: dict[str, Any] = {"parameters": shape.parameters}
         self._save = save
 
@@ -152,7 +150,6 @@ class Bench:
             "check": self.check,
             "sweep": self.sweep,
             "pairs": self.pairs,
-            "turns": self.turns,
             "timelines": self.timelines,
         }
         for name in self.options.parts:
@@ -169,27 +166,24 @@ class Bench:
 
     def check(self) -> None:
         """Decoding must give what taking the tokens in at once gives."""
-        memories = self.memories(self.options.few)
-        memories["host ahead"] = self.memories(0)["host"]
         errors = {
-            way: check(self.backbone, self.batches[0], memory, self.options.shortest, ahead="ahead" in way)
-            for way, memory in memories.items()
+            way: check(self.backbone, self.batch, memory, self.options.shortest, ahead=False)
+            for way, memory in self.memories(self.options.few).items()
         }
         print(f"decoding equals prefill to {errors}", flush=True)
         self.save(decode_error=errors)
 
     def start_batch(self) -> None:
-        """Give the batches lengths of the middle, at which they can be decoded and captured."""
-        for batch in self.batches:
-            batch.lengths.fill_((self.options.shortest + self.options.longest) // 2)
-            batch.step.zero_()
+        """Give the batch lengths of the middle, at which it can be decoded and captured."""
+        self.batch.lengths.fill_((self.options.shortest + self.options.longest) // 2)
+        self.batch.step.zero_()
 
     def sweep(self) -> None:
         """Time decoding steps by how the kernel reads, and go on with what is fastest."""
         memories = self.memories(self.options.few)
         self.start_batch()
         found = serving_profile.sweep(
-            self.backbone, self.batches[0], memories, self.options.sweep_rounds, self.options.sweep_steps
+            self.backbone, self.batch, memories, self.options.sweep_rounds, self.options.sweep_steps
         )
         self.save(sweep=found)
 
@@ -197,71 +191,43 @@ class Bench:
         """Prefill and decode groups of one batch each way."""
         options, began = self.options, time.perf_counter()
         self.start_batch()
-        runner = Runner(self.backbone, self.memories(options.few), self.batches[:1])
-        longest = max((p for group in self.prompts for p in group), key=lambda prompt: prompt.text.size)
+        runner = Runner(self.backbone, self.memories(options.few), [self.batch])
         for group in self.prompts:
-            for prompt in group:  # every shape, before anything is timed
-                self.backbone.prefill(self.batches[0], prompt, 0, None)
+            runner.prefill("small", [group])
         for way in WAYS:
-            runner.prefill(way, [[longest] * min(SLOTS, len(self.prompts[0]))])
-            runner.decode(way, self.coming[:1], options.new)
+            runner.prefill(way, self.prompts[:1])
+            runner.decode(way, [self.coming], options.new, self.prompts[0])
         pairs: list[dict[str, Any]] = []
         while len(pairs) < options.pairs:
             if time.perf_counter() - began > options.seconds and len(pairs) > 1:
                 print(f"stopped after {len(pairs)} pairs: {options.seconds:.0f} s are over", flush=True)
                 break
             number = len(pairs)
-            group = self.prompts[number % len(self.prompts)]
+            group, after = (self.prompts[n % len(self.prompts)] for n in (number, number + 1))
+            ways = ["small", "host"] if number % 2 == 0 else ["host", "small"]
+            if number % options.none_every == 0:
+                ways.insert(0, "none")
             pair: dict[str, Any] = {"prompt_tokens": sum(prompt.text.size for prompt in group)}
-            ways = [way for way in WAYS if way != "none" or number % options.none_every == 0]
-            for turn in range(len(ways)):
-                way = ways[(number + turn) % len(ways)]
-                prefill = runner.prefill(way, [group])
-                pair[way] = {"prefill": prefill, "decode": runner.decode(way, self.coming[:1], options.new)}
+            pair |= {way: {part: [] for part in BOTH} for way in ways}
+            for turn, way in enumerate(ways + ways[::-1]):
+                following = group if turn < len(ways) else after
+                pair[way]["prefill"].append(runner.prefill(way, [group]))
+                pair[way]["decode"].append(runner.decode(way, [self.coming], options.new, following))
             pairs.append(pair)
             self.save(pairs=pairs, **summarise(pairs, options))
         runner.close()
         for part, found in summarise(pairs, options).items():
             print(f"{part}: {json.dumps(found)}", flush=True)
 
-    def turns(self) -> None:
-        """Decode two batches that take turns; the host's rows are read by threads, a step ahead."""
-        options = self.options
-        self.start_batch()
-        memories = self.memories(0)
-        runner = Runner(self.backbone, memories, self.batches, ahead=("host",))
-        groups = self.prompts[:2]
-        runner.prefill("none", groups)
-        lengths = [batch.lengths.clone() for batch in self.batches]
-        pairs: list[dict[str, Any]] = []
-        steps = min(options.new, options.turn_steps)
-        for number in range(options.pairs + 1):
-            ways = [way for way in WAYS if way != "none" or number % options.none_every == 0]
-            pair: dict[str, Any] = {}
-            for turn in range(len(ways)):
-                way = ways[(number + turn) % len(ways)]
-                for batch, length in zip(self.batches, lengths, strict=True):
-                    batch.lengths.copy_(length)
-                pair[way] = {"decode": runner.decode(way, [ids[: steps + 1] for ids in self.coming], steps)}
-            if number:  # the first warms
-                pairs.append(pair)
-        runner.close()
-        found: dict[str, Any] = {
-            name: losses(pairs, *ends, ("decode",))
-            for name, ends in {"module": ("none", "small"), "look_up": ("small", "host")}.items()
-        }
-        print(f"two batches in turn: {json.dumps(found)}", flush=True)
-        self.save(turns={"steps": steps, "pairs": pairs, **found})
-
     def timelines(self) -> None:
         """Print what the device does in a step, and where prefill leaves it idle."""
         memories = self.memories(self.options.few)
         self.start_batch()
-        runner = Runner(self.backbone, memories, self.batches[:1])
+        runner = Runner(self.backbone, memories, [self.batch])
         print(serving_profile.settings(), flush=True)
         for way in WAYS[1:]:
             self.start_batch()
-            runner.decode(way, self.coming[:1], 2)
+            runner.decode(way, [self.coming], 2)
             lane = runner.lanes[way][0]
             serving_profile.print_step(f"decode, {way}", lane.step)
         for way in WAYS[1:]:
@@ -280,8 +246,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="+",
-        default=["check", "pairs", "turns"],
-        choices=["check", "sweep", "pairs", "turns", "timelines"],
+        default=["check", "pairs"],
+        choices=["check", "sweep", "pairs", "timelines"],
         help="what is measured; sweep: how the kernel reads; timelines: kernels of a step",
     )
     parser.add_argument("--pairs", type=int, default=12)
@@ -295,7 +261,6 @@ def main() -> None:
     parser.add_argument("--shortest", type=int, default=100)
     parser.add_argument("--longest", type=int, default=1024)
     parser.add_argument("--new", type=int, default=128, help="tokens decoded per sequence")
-    parser.add_argument("--turn-steps", type=int, default=48, help="of those, by batches that take turns")
     parser.add_argument("--sweep-rounds", type=int, default=5)
     parser.add_argument("--sweep-steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=16, help="that gather rows")

@@ -270,19 +270,14 @@ class Lane:
             self.batch.addresses.copy_(self.memory.addresses(self.batch))
             self._ask()
 
-    def step(self) -> None:
-        """Decode one token of every sequence."""
+    def step(self, *, more: bool = True) -> None:
+        """Decode one token of every sequence; `more` asks for the rows of a next step."""
         if self._join is not None:
             self.batch.reading.copy_(self._join())
-        self.compute()
-        if self.ahead:
-            self._ask()
-
-    def finish(self) -> None:
-        """Take the rows that no step will."""
-        if self._join is not None:
-            self._join()
             self._join = None
+        self.compute()
+        if self.ahead and more:
+            self._ask()
 
     def _ask(self) -> None:
         assert self.memory is not None
