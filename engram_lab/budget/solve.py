@@ -21,6 +21,8 @@ from engram_lab.model.memories import memory_rows, memory_size
 TOLERANCE = {"published": Tolerance(2.5e-4, 1e-3), "strict": Tolerance(1e-4, 1e-4)}
 FLOPS_TOLERANCE = 5e-3
 """Relative difference of FLOPs per token, the router's left out, that `strict` mode holds."""
+WIDTH_STEP = 8
+"""Step of the widths that pay: 16 bytes of bfloat16, which fast matrix products want rows aligned to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +73,15 @@ def solve(network: ModelConfig, budget: BudgetConfig, *, sequence_length: int = 
         return _allocation(base, base, budget, realised, sequence_length)
     assert network.engram is not None
     pay, tolerance = budget.mode == "strict", TOLERANCE[budget.mode]
+    total = count(base).total
     cell = replace(network, ffn=replace(network.ffn, experts=experts))
     if pay:
-        cell = _paying(cell, network.engram, _reference(network).products - _products(network))
-    spare = count(base).total - count(replace(cell, engram=None)).total
-    memory = fit_memory(network, spare, count(base).total, tolerance, pay=pay, step=budget.rows_step)
+        cell = _paying(cell, network.engram, _reference(network).products - _products(network), total)
+    spare = total - count(replace(cell, engram=None)).total
+    memory = fit_memory(network, spare, total, tolerance, pay=pay, step=budget.rows_step)
     cell = replace(cell, engram=memory)
     if pay and memory.module == "product_key":  # whose rows come in squares: the shared experts take the rest
-        cell = _paying(cell, memory, (count(base).total - count(cell).total) / len(memory.layers))
+        cell = _paying(cell, memory, (total - count(cell).total) / len(memory.layers))
     return _allocation(cell, base, budget, realised, sequence_length)
 
 
@@ -96,7 +99,8 @@ def _at_rho_one(network: ModelConfig, budget: BudgetConfig) -> ModelConfig:
         )
     base = replace(network, engram=None)
     if budget.mode == "strict" and memory is not None:
-        base = _paying(base, memory, _reference(network).parameters)
+        total = budget.total_parameters or count(base).total
+        base = _paying(base, memory, _reference(network).parameters, total)
     if budget.total_parameters is not None:
         one = count(replace(base, ffn=replace(base.ffn, experts=ffn.top_k + 1))).total
         least = count(replace(base, ffn=replace(base.ffn, experts=ffn.top_k))).total
@@ -134,10 +138,14 @@ def _products(network: ModelConfig) -> int:
     return memory_size(network.engram, network.d_model, network.streams).products
 
 
-def _paying(network: ModelConfig, memory: EngramConfig, parameters: float) -> ModelConfig:
+def _paying(
+    network: ModelConfig, memory: EngramConfig, parameters: float, total: int | None = None
+) -> ModelConfig:
     """Return `network` with shared experts wider by so many parameters where the `memory` is read.
 
-    A dense block has no shared expert to widen: the next block with experts pays.
+    A dense block has no shared expert to widen: the next block with experts pays. With a `total`, the changed
+    widths are rounded to multiples of `WIDTH_STEP` where that moves less than the tolerance's share of it, as
+    in all but very small networks; rows, sized after it, make up for what it moves.
     """
     extra = round(parameters / (3 * network.d_model))
     if not extra:
@@ -153,6 +161,13 @@ def _paying(network: ModelConfig, memory: EngramConfig, parameters: float) -> Mo
         max(0, network.ffn.shared_width(layer) + extra * payers.count(layer))
         for layer in range(network.n_layers)
     )
+    if total is not None:
+        rounded = tuple(
+            width if width == network.ffn.shared_width(layer) else WIDTH_STEP * round(width / WIDTH_STEP)
+            for layer, width in enumerate(widths)
+        )
+        moved = 3 * network.d_model * abs(sum(rounded) - sum(widths))
+        widths = rounded if moved <= TOLERANCE["strict"].near * total else widths
     return replace(network, ffn=replace(network.ffn, shared_hidden=widths))
 
 

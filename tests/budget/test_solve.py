@@ -99,6 +99,35 @@ def test_strict_cells_of_all_modules_and_controls_have_one_total(other):
         assert max(abs(cell.flops_mismatch) for cell in cells) < 5e-3
 
 
+@pytest.mark.parametrize("layers", [(1,), (0, 3)], ids=str)
+@pytest.mark.parametrize(
+    "other", [{}, {"conv_kernel": 0}, {"gate": "none"}, {"module": "per_layer"}], ids=str
+)
+def test_what_pays_is_as_wide_as_fast_products_want_it(other, layers):
+    ffn = FeedForwardConfig(experts=102, top_k=6, shared_experts=2, expert_hidden=128)
+    memory = EngramConfig(layers=layers, heads=8, row_dim=16, **other)
+    network = replace(QUICKSTART, vocab_size=16384, d_model=256, n_layers=8, ffn=ffn, engram=memory)
+    cells = [solve(network, BudgetConfig(rho=rho, mode="strict")) for rho in (1.0, 0.8, 0.5, 0.0)]
+    for cell in cells:
+        assert {cell.network.ffn.shared_width(n) % 8 for n in range(8)} == {0}
+        assert abs(cell.total_parameters / cells[0].total_parameters - 1) <= 1e-4
+        assert abs(cell.flops_mismatch) <= 0.005
+    # Engram's keys and values for a hidden size of 2 x 8 x 16, its norms and its convolution of 4 taps.
+    parameters = len(layers) * (2 * 256 * 256 + 3 * 256 + 4 * 256)
+    paid = sum(cells[0].network.ffn.shared_width(n) - 256 for n in range(8)) * 3 * 256
+    assert abs(paid - parameters) <= 1e-4 * cells[0].total_parameters
+
+
+def test_a_small_network_pays_to_the_nearest_width():
+    """Rounded to eights its total would miss by more than strict mode may."""
+    network = replace(QUICKSTART, engram=EngramConfig(layers=(1,), heads=4, row_dim=12))
+    cell = solve(network, BudgetConfig(rho=1.0, mode="strict"))
+    owed = solve(network, BudgetConfig(rho=0.5, mode="published")).memory_projections
+    plain = network.ffn.shared_width(1)
+    assert cell.network.ffn.shared_width(1) == plain + round(owed / (3 * 64))
+    assert cell.network.ffn.shared_width(1) % 8
+
+
 def test_the_next_block_with_experts_pays_for_a_memory_in_a_dense_one():
     ffn = replace(QUICKSTART.ffn, leading_dense_layers=2)
     for memory in (
