@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
-from engram_lab.errors import UserError
+from engram_lab.errors import UserError, nearest
 from engram_lab.launcher import refuse_lone_processes
 
 # Settings that follow from other fields of the recipe; the sentence says from which.
@@ -38,6 +38,9 @@ DERIVED = {
     "logger": "set tracking.uri",
     "reload_dataloaders_every_n_epochs": "the data module keeps its own place",
 }
+
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Weights and table rows are float32. Float16 would need scaled losses, which rows do not know of."""
 
 
 class _Bar(RichProgressBar):
@@ -74,8 +77,8 @@ def build_trainer(
         progress_bar: show Lightning's bar.
 
     Raises:
-        UserError: a setting that follows from another field, devices that do not exist, or processes
-            started by a launcher that would each train alone.
+        UserError: a setting that follows from another field, devices that do not exist, a precision that
+            training has not, or processes started by a launcher that would each train alone.
     """
     for name, value in settings.items():
         if name in DERIVED and value is not None:
@@ -114,6 +117,11 @@ def build_trainer(
             k: settings[k] for k in ("accelerator", "devices", "strategy", "num_nodes") if settings.get(k)
         }
         raise UserError(f"the trainer cannot be set up with {asked}: {str(error).splitlines()[0]}") from error
+    if trainer.precision not in PRECISIONS:
+        raise UserError(
+            f"trainer.precision is {trainer.precision}; it must be {' or '.join(PRECISIONS)}: weights and "
+            "table rows are kept in float32, and losses are not scaled." + nearest(trainer.precision, PRECISIONS)
+        )
     if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
         raise UserError(
             "trainer.strategy would write every checkpoint as a folder of shards; set its "

@@ -163,6 +163,14 @@ def test_settings_that_follow_from_others_are_refused(recipe: Recipe) -> None:
         train(replace(recipe, trainer={**recipe.trainer, "max_steps": 3}), progress_bar=False)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_precision_that_training_has_not_is_refused(tiny: dict[str, Any], precision: str) -> None:
+    tiny["trainer"] = {**tiny["trainer"], "precision": precision}
+    sentence = rf"trainer\.precision is {precision}; it must be 32-true or bf16-mixed"
+    with pytest.raises(UserError, match=sentence):
+        train(Recipe.from_dict(tiny), progress_bar=False)
+
+
 def router_biases(directory: Path) -> torch.Tensor:
     weights = load_file(directory / "model" / "model.safetensors")
     return torch.cat([weight for name, weight in weights.items() if name.endswith("router.bias")])
