@@ -120,7 +120,7 @@ def build_trainer(
     if trainer.precision not in PRECISIONS:
         raise UserError(
             f"trainer.precision is {trainer.precision}; it must be {' or '.join(PRECISIONS)}: weights and "
-            "table rows are kept in float32, and losses are not scaled." + nearest(trainer.precision, PRECISIONS)
+            "table rows are float32, and losses are not scaled." + nearest(trainer.precision, PRECISIONS)
         )
     if getattr(trainer.strategy, "_save_distributed_checkpoint", False):
         raise UserError(
