@@ -3,10 +3,10 @@
     block 0: magic, CRC-32 and length of the header; header (JSON) | records [R] | zeros to a whole block
 
 A store that is written reads through the page cache: a record is smaller than a page, and to write it into a
-page that is not in memory the kernel reads the page, letting no other write to the file through meanwhile (13
-thousand writes a second; 48 thousand where threads read the pages before; 230 thousand where the rows had been
-read, as those of a step have). A store that is only read goes around the page cache, so that its memory is
-the cache given to it and nothing else is evicted (memory/deep_reads.py). Deep queues make reads fast: 12
+page that is not in memory the kernel reads the page, letting no other write to the file through meanwhile: 13
+thousand writes a second; 48 thousand where threads read the pages before; 230 thousand where the rows had
+been read, as those of a step have. A store that is only read goes around the page cache, so that its memory
+is the cache given to it and nothing else is evicted (memory/deep_reads.py). Deep queues make reads fast: 12
 thousand a second in one thread, 56 thousand in 64, 72 thousand around the page cache.
 
 Figures: python benchmarks/disk_rows.py DIRECTORY --gib 2 --turns 2, rows of 208 bytes, on two busy virtual
