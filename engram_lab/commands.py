@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import logging
 import math
 import os
@@ -39,6 +41,7 @@ def run(file: Path, overrides: list[str]) -> int:
     own.add_argument("--dry-run", action="store_true")
     own.add_argument("--reports", type=Path, default=Path("reports"))
     options, rest = own.parse_known_args(overrides)
+    atexit.register(gc.freeze)  # what is left then goes with the process; collecting it would take seconds
     recipe = read_recipe(file, rest)
     if options.workers is not None:
         if recipe.study is None or recipe.kind != "study":

@@ -6,6 +6,7 @@ paid for once a worker, not once a cell.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import logging
@@ -95,5 +96,6 @@ def _observer(file: Path, parent: int, stop: StopRequest) -> Callable[[Progress]
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # what is left then goes with the process; collecting it would take seconds
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     work(Path(sys.argv[1]))

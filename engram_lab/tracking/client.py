@@ -46,11 +46,20 @@ def database_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(_SQLITE)) if uri.startswith(_SQLITE) else None
 
 
-@lru_cache(maxsize=8)
-def client(uri: str) -> MlflowClient:
-    """Return this process's client of a resolved address; MLflow's telemetry is off."""
+def load(uri: str) -> None:
+    """Import what of MLflow serves a resolved address, telemetry off; the first call takes seconds."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ASYNC_LOGGING", "false")
+    import mlflow.tracking
+
+    if not uri.startswith("http"):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
+@lru_cache(maxsize=8)
+def client(uri: str) -> MlflowClient:
+    """Return this process's client of a resolved address."""
+    load(uri)
     from mlflow.tracking import MlflowClient
 
     if uri.startswith("http"):

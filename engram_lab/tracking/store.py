@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from engram_lab.errors import UserError
-from engram_lab.tracking.client import client, database_path, one_sentence, resolve
+from engram_lab.tracking.client import client, database_path, load, one_sentence, resolve
 
 # Creating a schema takes about five seconds on a slow machine; a holder that needs longer is stuck.
 _LOCK_SECONDS = 60.0
@@ -44,6 +44,7 @@ def initialise_store(uri: str) -> str:
     path = database_path(uri)
     if uri in _ready and (path is None or path.exists()):
         return uri
+    load(uri)  # before the lock: workers that start together spend these seconds side by side
     try:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,6 @@ def _create_sqlite(path: Path) -> None:
     """Build an empty MLflow database in write-ahead mode at `path`, complete or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.new")
     unfinished.unlink(missing_ok=True)
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # MLflow's migrations tell of forty revisions, one line each.
     for noisy in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
