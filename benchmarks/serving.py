@@ -37,7 +37,7 @@ from serving_tables import SMALL, add_table_options, build_memory, engram, fill,
 from engram_lab.files import write_atomically
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.lookup import ServingTable
+from engram_lab.memory.lookup import SLOTS, ServingTable
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
@@ -194,8 +194,9 @@ class Bench:
         runner = Runner(self.backbone, self.memories(options.few), [self.batch])
         for group in self.prompts:
             runner.prefill("small", [group])
-        for way in WAYS:
-            runner.prefill(way, self.prompts[:1])
+        longest = max((p for group in self.prompts for p in group), key=lambda prompt: prompt.text.size)
+        for way in WAYS:  # pinned memory grows to the longest
+            runner.prefill(way, [[longest] * min(SLOTS, len(self.prompts[0]))])
             runner.decode(way, [self.coming], options.new, self.prompts[0])
         pairs: list[dict[str, Any]] = []
         while len(pairs) < options.pairs:

@@ -16,6 +16,8 @@ from engram_lab.memory.lookup import SLOTS
 Prompts = Sequence[Prompt]
 """Chunks that fill one batch, each of equally long sequences."""
 BOTH = ("prefill", "decode")
+STEPS_BEFORE = 4
+"""Steps of decoding during which the look-up of the next prompts is under way: enough for it to end there."""
 
 
 def finish(device: torch.device) -> None:
@@ -76,7 +78,7 @@ class Runner:
     ) -> float:
         """Return the seconds of decoding `steps` tokens of every sequence, given as [steps + 1, B].
 
-        The look-up of the prompts that follow begins with the last step: a server knows what is waiting.
+        The look-up of the prompts that follow begins a few steps before the end: a server knows what waits.
         """
         lanes = self.lanes[way]
         for batch, ids in zip(self.batches, coming, strict=True):
@@ -86,7 +88,7 @@ class Runner:
         for lane in lanes:
             lane.start()
         for left in reversed(range(steps)):
-            if not left and following is not None:
+            if left == min(steps, STEPS_BEFORE) - 1 and following is not None:
                 self.begin(way, following)
             for lane in lanes:
                 lane.step(more=left > 0)
