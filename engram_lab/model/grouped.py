@@ -93,11 +93,23 @@ class _LoopedMatmul(torch.autograd.Function):
 def grouped_matmul(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Multiply rows of x [rows, in], sorted by expert, with their expert's matrix in weight [E, in, out].
 
-    `counts` [E] says how many rows each expert has. CUDA in bfloat16 takes the grouped kernel, which needs
-    rows of whole 16 bytes and reads the counts on the device; everything else loops, which on one CPU core
-    is also the fastest of the ways tried (benchmarks/experts_cpu.py).
+    `counts` [E] says how many rows each expert has. CUDA takes the grouped kernel where it `stays_on_device`;
+    everything else loops, which on one CPU core is also the fastest of the ways tried
+    (benchmarks/experts_cpu.py).
     """
-    aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
-    if x.is_cuda and x.dtype == torch.bfloat16 and aligned:
+    if x.is_cuda and stays_on_device(x.dtype, weight.shape):
         return F.grouped_mm(x, weight, offs=counts.cumsum(0).to(torch.int32))
+    return _looped(x, weight, counts)
+
+
+def stays_on_device(dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Whether on CUDA `grouped_matmul` with weight of `shape` [E, in, out] leaves the counts on the device.
+
+    The grouped kernel does, which takes bfloat16 in rows of whole 16 bytes.
+    """
+    return dtype == torch.bfloat16 and shape[1] % 8 == 0 and shape[2] % 8 == 0
+
+
+@torch.compiler.disable  # or the loop would be compiled anew for every load
+def _looped(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return _LoopedMatmul.apply(x, weight, counts.tolist())

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
 from engram_lab.errors import UserError
 from engram_lab.model.experts import Experts, FeedForwardConfig, SwiGLU, feed_forward, sequence_imbalance
@@ -68,6 +69,19 @@ def test_grouped_matmul_handles_idle_experts(counts, seed):
     got = torch.autograd.grad(y.square().sum(), (x, weight))
     wanted = torch.autograd.grad(expected.square().sum(), (x, weight))
     torch.testing.assert_close(got, wanted)
+
+
+def test_compiled_experts_are_not_compiled_anew_for_another_load():
+    layer = build()
+    compilations = CompileCounter()
+    compiled = torch.compile(layer.forward, backend=compilations, dynamic=False)
+    known = []
+    for seed in range(4):
+        x = torch.randn(2, 9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(compiled(x), layer(x))
+        known.append(compilations.frame_count)
+    assert known[0] > 0
+    assert known == known[:1] * 4
 
 
 def test_no_token_is_dropped_when_all_choose_the_same_experts():
