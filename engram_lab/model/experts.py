@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engram_lab.errors import UserError
-from engram_lab.model.grouped import gather_choices, grouped_matmul, load, spread
+from engram_lab.model.grouped import gather_choices, grouped_matmul, load, spread, stays_on_device
 
 try:
     from engram_lab.model import experts_triton as kernels
@@ -205,6 +205,10 @@ class Experts(nn.Module):
     def by_expert(self) -> tuple[Tensor, ...]:
         """Return the parameters and buffers whose first dimension is E."""
         return self.gate_up, self.out, self.router.weight, self.router.bias, self.router.counts
+
+    def asks_the_host(self, dtype: torch.dtype) -> bool:
+        """Whether in `dtype` a GPU's products wait until the host knows the loads."""
+        return not all(stays_on_device(dtype, weight.shape) for weight in (self.gate_up, self.out))
 
     def fused(self, h: Tensor) -> Tensor:
         """Return what the router and `routed` make of h [B, T, D], in a GPU's kernels."""

@@ -21,7 +21,8 @@ class ExecutionConfig:
 
     Args:
         compile: compile the blocks, and replay forward and backward pass as one CUDA graph where one GPU
-            trains without accumulating (training/captured.py); null does so on a GPU. A CPU gains nothing.
+            trains without accumulating and no layer waits for it (training/captured.py); null does so on a
+            GPU. A CPU gains nothing.
         activation_checkpointing: keep only what enters a block and compute the rest again in the backward
             pass: a third more work for a fraction of the activations' memory.
     """

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from engram_lab.model.experts import Experts
 from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
 from engram_lab.training.captured import CapturedStep
@@ -99,10 +100,6 @@ class EngramModule(LightningModule):
     def on_fit_start(self) -> None:
         """Compile, on the device that the network has been moved to."""
         prepare(self.net, self.execution, self.device)
-        alone = isinstance(self.trainer.strategy, SingleDeviceStrategy)  # no gradients are sent meanwhile
-        alone = alone and self.device.type == "cuda" and self.trainer.accumulate_grad_batches == 1
-        if alone and self.execution.compiles(self.device):
-            self._captured = CapturedStep(self.net, self._loss)
 
     @property
     def _optimizer(self) -> CompositeOptimizer:
@@ -111,8 +108,24 @@ class EngramModule(LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        """Let the optimizer know that gradients stay where they are."""
+        """Capture the step where that can be, and tell the optimizer that gradients stay where they are."""
+        if self._can_be_captured():
+            self._captured = CapturedStep(self.net, self._loss)
         self._optimizer.captures = self._captured is not None
+
+    def _can_be_captured(self) -> bool:
+        """Whether one GPU takes a step with every batch and nothing in it waits for that GPU."""
+        trainer = self.trainer
+        dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
+        experts = [block.ffn for block in self.net.blocks if isinstance(block.ffn, Experts)]
+        return (
+            self.device.type == "cuda"
+            and self.execution.compiles(self.device)
+            and isinstance(trainer.strategy, SingleDeviceStrategy)  # no gradients are sent meanwhile
+            and trainer.accumulate_grad_batches == 1
+            and not torch.is_anomaly_enabled()  # which looks at every gradient
+            and not any(layer.asks_the_host(dtype) for layer in experts)
+        )
 
     def on_fit_end(self) -> None:
         """Give the graph's memory back, gradients included."""

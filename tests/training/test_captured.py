@@ -1,0 +1,113 @@
+"""What a captured step rests on, without a GPU: that nothing in it asks the host, and that it is the step.
+
+The capture itself is tested on a GPU (test_captured_gpu.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from engram_lab.model import experts
+from engram_lab.model.attention import AttentionConfig
+from engram_lab.model.config import ModelConfig
+from engram_lab.model.engram import EngramConfig
+from engram_lab.model.experts import Experts, FeedForwardConfig
+from engram_lab.model.initialise import initialise
+from engram_lab.model.transformer import Transformer
+from engram_lab.training.captured import CapturedStep
+from engram_lab.training.execution import ExecutionConfig, prepare
+
+FFN = FeedForwardConfig(experts=4, top_k=2, expert_hidden=32)
+
+
+def network(**settings: Any) -> Transformer:
+    memory = {"layers": (1,), "heads": 2, "row_dim": 8, "rows_per_head": 31} | settings.pop("engram", {})
+    values: dict[str, Any] = {"attention": AttentionConfig(n_heads=2, n_kv_heads=1), "ffn": FFN} | settings
+    return Transformer(
+        ModelConfig(vocab_size=64, d_model=64, n_layers=2, engram=EngramConfig(**memory), **values)
+    )
+
+
+def step(net: Transformer) -> None:
+    """Take a step on tensors without values, so that asking for one fails."""
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    heads = net.config.engram.n_heads  # type: ignore[union-attr]
+    net.loss(ids, ids, torch.zeros(1, 2, 16, heads, dtype=torch.int32)).backward()
+    net.update_router_bias()
+
+
+def product_of_its_shape(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return torch.bmm(x.unsqueeze(1), weight[:1].expand(len(x), -1, -1)).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"engram": {"module": "product_key"}},
+        {"engram": {"module": "mlp"}},
+        {"engram": {"module": "per_layer"}},
+        {"engram": {"module": "over_encoding", "layers": (0,)}},
+        {"engram": {"module": "amplified", "layers": (0,)}},
+        {"engram": {"frozen_table": True, "row_storage": "float8"}},
+        {"engram": {"gate": "none", "conv_kernel": 0, "fused_projection": True}},
+        {"streams": 2},
+        {"attention": AttentionConfig(kind="latent", n_heads=2, n_kv_heads=2)},
+        {"ffn": FeedForwardConfig(experts=4, top_k=2, expert_hidden=32, balance_loss=0.1)},
+        {"ffn": FeedForwardConfig(experts=0)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_only_the_experts_loop_asks_the_host(
+    settings: dict[str, Any], recomputing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeTensorMode():
+        net = network(**settings)
+        prepare(net, ExecutionConfig(activation_checkpointing=recomputing), torch.device("cpu"))
+        if net.config.ffn.experts:
+            with pytest.raises(DataDependentOutputException):
+                step(net)
+        monkeypatch.setattr(experts, "grouped_matmul", product_of_its_shape)
+        step(net)
+
+
+@pytest.mark.parametrize(("hidden", "width", "asks"), [(32, 64, False), (12, 64, True), (32, 36, True)])
+def test_experts_say_whether_they_ask_the_host(hidden: int, width: int, asks: bool) -> None:
+    layer = Experts(width, FeedForwardConfig(experts=4, top_k=2, expert_hidden=hidden), 0)
+    assert layer.asks_the_host(torch.bfloat16) == asks
+    assert layer.asks_the_host(torch.float32)
+
+
+def test_a_captured_step_leaves_losses_gradients_and_balance_of_a_launched_one() -> None:
+    launched = network().double()
+    initialise(launched, 0)
+    net = copy.deepcopy(launched)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 32, generator=generator, dtype=torch.float64)
+    captured = CapturedStep(net, net.loss)
+    for _ in range(3):
+        ids = torch.randint(64, (2, 16), generator=generator)
+        leaves = [rows.clone().requires_grad_() for _ in range(2)]
+        readings = [leaf[ids].unsqueeze(0) for leaf in leaves]
+        launched.zero_grad()
+        loss = launched.loss(ids, ids.roll(1, 1), readings=readings[0])
+        loss.backward()
+        launched.update_router_bias()
+        assert torch.equal(captured(ids=ids, targets=ids.roll(1, 1), readings=readings[1]), loss.detach())
+        assert torch.equal(leaves[1].grad, leaves[0].grad)  # type: ignore[arg-type]
+        for ours, theirs in zip(net.parameters(), launched.parameters(), strict=True):
+            assert (ours.grad is None) == (theirs.grad is None)
+            assert theirs.grad is None or torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+        grads = [p.grad for p in launched.parameters() if p.grad is not None]
+        assert torch.equal(captured.norm, torch.nn.utils.get_total_norm(grads))
+        for ours, theirs in zip(net.routers(), launched.routers(), strict=True):
+            assert torch.equal(ours.bias, theirs.bias)
+            assert ours.bias.abs().sum() > 0
+            assert torch.equal(ours.counts, theirs.counts)
