@@ -62,7 +62,8 @@ def muon_step(
         orthogonal = orthogonalise(torch.cat(wide)).split([len(stack) for stack in wide])
         for i, update in zip(members, orthogonal, strict=True):
             target = _wide(parameters[i])
-            target.sub_(update.view(target.shape) * (lr * 0.2 * math.sqrt(columns)))
+            step = update.view(target.shape).to(target.dtype)  # scaled in bfloat16 it would be rounded again
+            target.sub_(step * (lr * 0.2 * math.sqrt(columns)))
 
 
 def _wide(matrix: Tensor) -> Tensor:

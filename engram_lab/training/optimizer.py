@@ -173,7 +173,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
         if elsewhere is not None:
             norm = torch.stack([norm, elsewhere]).norm()
         if self.gradient_scale is None:
-            self.gradient_scale = torch.empty_like(norm)
+            self.gradient_scale = torch.empty_like(norm, dtype=torch.float32)  # as fused kernels want it
         self.gradient_scale.copy_((limit / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_ does
         return norm
 

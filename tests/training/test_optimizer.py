@@ -109,6 +109,42 @@ def test_clipping_within_the_step_equals_clipping_before_it(matrices: Any, table
             a.data.copy_(b)
 
 
+@pytest.mark.parametrize("matrices", ["adamw", "muon"])
+@pytest.mark.parametrize("tables", ["adam", "sinkhorn", "adagrad"])
+def test_rates_that_a_graph_reads_equal_those_the_host_gives(matrices: Any, tables: Any) -> None:
+    config = OptimizerConfig(matrix_optimizer=matrices, table_optimizer=tables)
+    ours, theirs = Net(), Net()
+    optimizer, reference = (build_optimizer(n.named_parameters(), ROLES, config) for n in (ours, theirs))
+    optimizer.captures = True
+    for number, ids in enumerate(batches(6)):
+        for net, its in ((ours, optimizer), (theirs, reference)):
+            for place, group in enumerate(its.param_groups):
+                group["lr"] = 2.0 ** -(6 + place + max(number - 2, 0))  # the same in float32; moves from 3 on
+            net.zero_grad()
+            net.loss(ids).backward()
+            its.clip(0.05)
+            its.step()
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+            a.data.copy_(b)  # Muon's iteration in bfloat16 shows the last bit of what it starts from
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_clipping_takes_any_precision(dtype: torch.dtype) -> None:
+    net = Net().to(dtype)
+    optimizer = build_optimizer(net.named_parameters(), ROLES, OptimizerConfig())
+    net.loss(batches(1)[0]).backward()
+    gradients = {name: p.grad.double().clone() for name, p in net.named_parameters() if p.grad is not None}
+    norm = optimizer.clip(0.05).item()
+    optimizer.step()
+    assert norm > 0.1
+    for name, p in net.named_parameters():
+        expected = (1 - 0.9) * 0.05 / norm * gradients[name]
+        torch.testing.assert_close(
+            optimizer.state[p]["exp_avg"].double(), expected, rtol=0.02, atol=0, msg=name
+        )
+
+
 def test_groups_rates_and_names() -> None:
     optimizer = build_optimizer(Net().named_parameters(), ROLES, OptimizerConfig(learning_rate=1e-2))
     seen = {g["name"]: (g["lr"], g["weight_decay"], sorted(g["param_names"])) for g in optimizer.param_groups}

@@ -47,6 +47,16 @@ def test_an_expert_stack_is_its_experts_one_by_one() -> None:
     torch.testing.assert_close(stack, torch.stack(alone), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(16, 24), (3, 24, 16)])
+@pytest.mark.parametrize("rate", [0.0137, torch.tensor(0.0137)])
+def test_what_is_orthogonal_is_scaled_in_float32(shape: tuple[int, ...], rate: float | Tensor) -> None:
+    gradient = random(shape, 7)
+    wide = gradient if shape[-1] == 24 else gradient.mT
+    expected = -0.0137 * 0.2 * 24**0.5 * orthogonalise(wide.reshape(-1, 16, 24)).float().view(wide.shape)
+    (moved,) = run([torch.zeros(shape)], [[gradient]], lr=rate, weight_decay=0.0, momentum=0.0)  # type: ignore[arg-type]
+    torch.testing.assert_close(moved if shape[-1] == 24 else moved.mT, expected, rtol=1e-6, atol=0)
+
+
 def test_singular_values_go_to_one_and_directions_stay() -> None:
     matrix = random((1, 32, 64), 3)
     result = orthogonalise(matrix)[0].float()
