@@ -113,10 +113,9 @@ def _watching(failed: Callable[[], bool], end: Callable[[], None]) -> Iterator[N
 
     def watch() -> None:
         while not left.wait(POLL_SECONDS):
-            if failed():
-                if not left.wait(GRACE_SECONDS):
-                    end()
-                return
+            # Twice: what lies there may be of an earlier launch, and the leader about to delete it.
+            if failed() and not left.wait(GRACE_SECONDS) and failed():
+                end()
 
     thread = threading.Thread(target=watch, name="together", daemon=True)
     thread.start()
@@ -128,13 +127,19 @@ def _watching(failed: Callable[[], bool], end: Callable[[], None]) -> Iterator[N
 
 
 def _note(file: Path, failure: Failure) -> Failure:
-    """Write it down unless another process came first, and return what is written there."""
+    """Write it down unless another process came first, and return what is written there.
+
+    Where nothing can be written, perhaps for the very reason of the failure, that is `failure` itself.
+    """
     mine = file.with_name(f"{FILE}.{failure.rank}")
-    write_atomically(mine, json.dumps(asdict(failure)), durable=False)
-    with contextlib.suppress(FileExistsError):
-        os.link(mine, file)  # whole, or not there
-    mine.unlink()
-    return _read(file)
+    try:
+        write_atomically(mine, json.dumps(asdict(failure)), durable=False)
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, file)  # whole, or not there
+        mine.unlink()
+        return _read(file)
+    except OSError:
+        return failure
 
 
 def _read(file: Path) -> Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -77,3 +78,40 @@ def test_a_process_that_would_wait_for_ever_is_ended(tmp_path: Path, role: str, 
     assert ended.returncode == status, ended.stderr
     assert ended.stderr == ("error: The disk is full.\n" if role == "leader" else "")
     assert (tmp_path / "reason").exists() == (role == "leader")
+
+
+def test_a_failure_that_nobody_can_write_down_is_told_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(together.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(together, "write_atomically", full)
+    with (
+        pytest.raises(UserError, match=r"^The checkpoint cannot be saved\.$"),
+        together.leading(tmp_path, lambda reason: None),
+    ):
+        raise UserError("The checkpoint cannot be saved.")
+
+
+def test_what_an_earlier_launch_left_ends_nobody_once_the_leader_has_deleted_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(together, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(together, "GRACE_SECONDS", 0.01)
+    there = iter([True, False, False, True, True])  # left over, deleted, and at last a failure of this launch
+    looks, ended_at, ended = 0, [], threading.Event()
+
+    def failed() -> bool:
+        nonlocal looks
+        looks += 1
+        return next(there, True)
+
+    def end() -> None:
+        ended_at.append(looks)
+        ended.set()
+
+    with together._watching(failed, end):
+        assert ended.wait(30)
+    assert ended_at[0] == 5
