@@ -120,13 +120,10 @@ class StudyQueue:
         self._annotate(number, reason=reason, retry=retry)
         self._study.tell(number, state=TrialState.FAIL)
 
-    def give_back(self, number: int, reason: str) -> None:
-        """The worker stops before the cell is done: queue it again; its checkpoint is kept."""
+    def give_back(self, number: int) -> None:
+        """The worker stops before the cell is done: it waits again, in its old place."""
         with FileLock(self.directory / "lock"):
-            trial = next(t for t in self._study.get_trials(deepcopy=False) if t.number == number)
-            self.fail(number, reason, retry=True)
-            attributes = trial.user_attrs
-            self._enqueue(trial.params, attributes["identity"], attributes["label"], attributes["attempts"])
+            self._wait_again(number)
 
     def states(self) -> list[CellState]:
         """Every cell once, in the order they were first queued."""
@@ -152,7 +149,7 @@ class StudyQueue:
         return Counter(cell.state for cell in self.states())
 
     def reap(self) -> None:
-        """Queue again what dead workers left running."""
+        """Let what dead workers left running wait again."""
         with FileLock(self.directory / "lock"):
             self._reap()
 
@@ -176,10 +173,8 @@ class StudyQueue:
             if attempts >= MAX_ATTEMPTS:
                 self.fail(trial.number, f"its worker died {attempts} times", retry=True)
                 continue
-            self.fail(trial.number, "its worker died", retry=True)
-            self._enqueue(
-                trial.params or _place(trial), attributes["identity"], attributes["label"], attempts
-            )
+            self._annotate(trial.number, attempts=attempts + 1)
+            self._wait_again(trial.number)
 
     def _alive(self, worker: str) -> bool:
         try:
@@ -188,10 +183,17 @@ class StudyQueue:
             return True
         return False
 
+    def _wait_again(self, number: int) -> None:
+        """Let a running trial wait under its old number: what was begun is ended before the rest is begun."""
+        self._study._storage.set_trial_state_values(self._id(number), TrialState.WAITING)
+
     def _annotate(self, number: int, **attributes: Any) -> None:
-        trial_id = next(t for t in self._study.get_trials(deepcopy=False) if t.number == number)._trial_id
+        trial_id = self._id(number)
         for name, value in attributes.items():
             self._study._storage.set_trial_user_attr(trial_id, name, value)
+
+    def _id(self, number: int) -> int:
+        return next(t for t in self._study.get_trials(deepcopy=False) if t.number == number)._trial_id
 
     def _last_trials(self) -> dict[str, FrozenTrial]:
         """The trial that counts for each identity: a finished one, else the newest."""
@@ -203,8 +205,3 @@ class StudyQueue:
             if identity not in last or last[identity].state != TrialState.COMPLETE:
                 last[identity] = trial
         return last
-
-
-def _place(trial: FrozenTrial) -> dict[str, Any]:
-    """The place of a trial that was popped but not yet asked for its parameters."""
-    return dict(trial.system_attrs.get("fixed_params", {}))

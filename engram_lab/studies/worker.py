@@ -57,8 +57,8 @@ def work(directory: Path) -> None:
                 )
             except Diverged as error:
                 queue.fail(number, f"diverged: {error}", retry=False)
-            except KeyboardInterrupt as error:
-                queue.give_back(number, str(error) or "interrupted")
+            except KeyboardInterrupt:
+                queue.give_back(number)
                 return
             except UserError as error:
                 queue.fail(number, str(error), retry=True)

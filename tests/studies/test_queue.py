@@ -54,12 +54,21 @@ def test_a_diverged_cell_is_not_tried_again_and_a_failed_one_is(queue: StudyQueu
     assert [c.state for c in queue.states()] == ["failed", "waiting", "waiting"]
 
 
-def test_a_cell_given_back_waits_again(queue: StudyQueue) -> None:
+def test_a_cell_given_back_waits_again_before_those_that_were_not_begun(queue: StudyQueue) -> None:
     me = queue.new_worker()
-    number, identity = queue.claim(me)  # type: ignore[misc]
-    queue.give_back(number, "interrupted")
-    assert queue.counts() == {"waiting": 3}
-    assert identity in {queue.claim(me)[1] for _ in range(3)}  # type: ignore[index]
+    for _ in range(MAX_ATTEMPTS + 1):  # an interruption is no fault of the cell's
+        first, second = queue.claim(me), queue.claim(me)
+        assert first
+        assert second
+        queue.give_back(first[0])
+        queue.give_back(second[0])
+        assert queue.counts() == {"waiting": 3}
+    assert queue.enqueue(cell(n) for n in range(3)) == 0
+    again = StudyQueue(queue.directory, "study")
+    claims = [again.claim(me) for _ in range(4)]
+    assert [c and c[1] for c in claims] == ["id0", "id1", "id2", None]
+    again.finish(claims[0][0], 1.5)  # type: ignore[index]
+    assert [c.state for c in queue.states()] == ["finished", "running", "running"]
 
 
 CLAIM_AND_WAIT = """
@@ -97,7 +106,7 @@ def test_what_a_killed_worker_left_is_queued_again_and_what_a_living_one_holds_i
     queue.reap()
     assert queue.counts() == {"waiting": 3}
     me = queue.new_worker()
-    assert sorted(queue.claim(me)[1] for _ in range(3)) == ["id0", "id1", "id2"]  # type: ignore[index]
+    assert [queue.claim(me)[1] for _ in range(3)] == ["id0", "id1", "id2"]  # type: ignore[index]
 
 
 def test_a_cell_that_kills_every_worker_is_failed(tmp_path: Path) -> None:
