@@ -43,6 +43,23 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+LOCKS = """
+import sys
+from engram_lab.tracking import store
+real = store.store_lock
+def lock(uri):
+    print("mlflow.store.tracking.sqlalchemy_store" in sys.modules)
+    return real(uri)
+store.store_lock = lock
+store.initialise_store(sys.argv[1])
+"""
+
+
+def test_the_slow_import_keeps_no_other_process_waiting(tmp_path: Path) -> None:
+    out, errors = start(LOCKS, f"sqlite:///{tmp_path}/mlflow.db").communicate(timeout=60)
+    assert out.split() == ["True"], errors
+
+
 def test_two_processes_meet_on_a_fresh_store(tmp_path: Path) -> None:
     """Both create schema, experiment and runs at once; they end with the same three runs."""
     uri = f"sqlite:///{tmp_path}/deep/down/mlflow.db"
