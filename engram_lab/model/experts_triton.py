@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engram_lab.errors import UserError
 from engram_lab.model.router_triton import MOST_EXPERTS, TILE, Routing, route, route_backward
 
 _WIDE = 512
@@ -40,7 +41,7 @@ def _up(
     """before = x[token] gate_up[expert]; hidden = silu(gate) * up * weight."""
     part = tl.program_id(0) // (H // BH)
     tile = tiles + part // (TILE // ROWS) * 4
-    expert = tl.load(tile)
+    expert = tl.load(tile).to(tl.int64)  # the matrices may hold more than 2^31 values
     first = tl.load(tile + 1) + part % (TILE // ROWS) * ROWS
     stop = tl.load(tile + 2)
     if (expert < 0) | (first >= stop):
@@ -78,7 +79,7 @@ def _down_backward(
     """Take grad[token] through out[expert] and SwiGLU, and add up parts of the mixing weights' gradient."""
     part = tl.program_id(0) // (H // BH)
     tile = tiles + part // (TILE // ROWS) * 4
-    expert = tl.load(tile)
+    expert = tl.load(tile).to(tl.int64)  # the matrices may hold more than 2^31 values
     first = tl.load(tile + 1) + part % (TILE // ROWS) * ROWS
     stop = tl.load(tile + 2)
     if (expert < 0) | (first >= stop):
@@ -137,7 +138,7 @@ def _weight_gradient(
             a = tl.load(a_base + row[:, None] * M + i[None, :], live[:, None], 0.0)
             b = tl.load(b_base + token[:, None] * J + j[None, :])
         y = tl.dot(tl.trans(a), b, y)
-    place = out + expert * (M * J) + i[:, None] * J + j[None, :]
+    place = out + expert.to(tl.int64) * (M * J) + i[:, None] * J + j[None, :]
     tl.store(place, y.to(out.dtype.element_ty))
 
 
@@ -148,7 +149,7 @@ def _product(
 ) -> None:  # fmt: skip
     """out = rows weight[expert], or with TRANSPOSED rows weight[expert]^T."""
     tile = tiles + tl.program_id(0) // (OUT // BO) * 4
-    expert = tl.load(tile)
+    expert = tl.load(tile).to(tl.int64)  # the matrices may hold more than 2^31 values
     stop = tl.load(tile + 2)
     if expert < 0:
         return
@@ -372,7 +373,15 @@ def routed_experts(
     x is bfloat16; the parameters router [E, D], gate_up [E, D, 2 H] and out [E, H, D] are float32 and get
     gradients in float32. The experts of the largest score + bias [E] are chosen, [N, K]; their weights are
     the scores, sigmoids of the logits or their softmax, over their sum. Loads and choice are int32.
+
+    Raises UserError when there are so many tokens that places of values do not fit 32 bits either.
     """
+    tokens, most = x.shape[0], (2**31 - 1) // max(x.shape[1], K * gate_up.shape[2])
+    if tokens > most:
+        raise UserError(
+            f"{tokens:,} tokens pass through the experts at once, and at most {most:,} of them can; lower "
+            "data.batch_size, or raise trainer.accumulate_grad_batches."
+        )
     y, chosen, _, _, loads, *_ = _routed_experts(x.contiguous(), router, bias, gate_up, out, K, softmax)
     return y, loads, chosen
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engram_lab.errors import UserError
 from engram_lab.model import experts, loss
 
 if experts.kernels is not None:
@@ -111,6 +112,28 @@ def test_routed_experts_equal_a_loop(N, K, E, D, H, softmax):
         inputs,
     )
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@torch.no_grad()
+def test_matrices_of_more_than_2_to_the_31_values_are_found():
+    E, D, H = 1024, 1024, 2048
+    x, weight = torch.randn(200, D, device="cuda").bfloat16(), torch.randn(E, D, device="cuda")
+    bias = torch.zeros(E, device="cuda").index_fill_(0, torch.tensor(E - 1, device="cuda"), 9.0)
+    gate_up = torch.zeros(E, D, 2 * H, device="cuda", dtype=torch.bfloat16)
+    out = torch.zeros(E, H, D, device="cuda", dtype=torch.bfloat16)
+    gate_up[-1].normal_(std=D**-0.5)
+    out[-1].normal_(std=H**-0.5)
+    y, loads, _ = experts.kernels.routed_experts(x, weight, bias, gate_up, out, 1, softmax=False)
+    assert loads[-1] == 200
+    gate, up = (x.float() @ gate_up[-1].float()).chunk(2, dim=-1)
+    assert off(y, (F.silu(gate) * up) @ out[-1].float()) < 1e-2
+
+
+def test_more_tokens_than_places_fit_32_bits_are_refused():
+    _, weight, bias, gate_up, out = parts(1, 2, 4, 64, 32, False)
+    x = torch.zeros(1, 64, device="cuda", dtype=torch.bfloat16).expand(2**24, 64)
+    with pytest.raises(UserError, match=r"16,777,216 tokens pass .* at most 16,777,215 of them can"):
+        experts.kernels.routed_experts(x, weight, bias, gate_up, out, 2, softmax=False)
 
 
 @pytest.mark.parametrize(("V", "D"), [(1000, 64), (40_000, 128)])
