@@ -26,14 +26,14 @@ _PIECES = 32
 
 @triton.jit(do_not_specialize=["n"])
 def _read(
-    weight: tl.tensor, ids: tl.tensor, out: tl.tensor, n: tl.tensor, U: tl.constexpr, IDS: tl.constexpr,
-    U_PADDED: tl.constexpr,
+    weight: tl.tensor, ids: tl.tensor, out: tl.tensor, n: tl.tensor, U: tl.constexpr, STRIDE: tl.constexpr,
+    IDS: tl.constexpr, U_PADDED: tl.constexpr,
 ) -> None:  # fmt: skip
     i = tl.program_id(0) * IDS + tl.arange(0, IDS)
     u = tl.arange(0, U_PADDED)[None, :]
     row = tl.load(ids + i, i < n, 0).to(tl.int64)
     real = (i < n)[:, None] & (u < U)
-    rows = tl.load(weight + row[:, None] * U + u, real)
+    rows = tl.load(weight + row[:, None] * STRIDE + u, real)
     tl.store(out + i[:, None].to(tl.int64) * U + u, rows, real)
 
 
@@ -105,15 +105,21 @@ def _join_slices(
 
 @torch.library.custom_op("engram_lab::look_up", mutates_args=())
 def look_up(weight: Tensor, ids: Tensor) -> Tensor:
-    """Return rows [..., U] of weight [R, U] for ids [...] of any integer type, all below R."""
+    """Return rows [..., U] of weight [R, U] for ids [...] of any integer type, all below R.
+
+    Rows may lie apart, as those of records do.
+    """
     U = weight.shape[1]
+    if weight.stride(1) != 1:
+        weight = weight.contiguous()
     out = weight.new_empty(*ids.shape, U)
     width = triton.next_power_of_2(U)
     block = max(1, _VALUES // width)
     with torch.cuda.device_of(weight):
         _read[(triton.cdiv(ids.numel(), block),)](
-            weight, ids.contiguous(), out, ids.numel(), U=U, IDS=block, U_PADDED=width, num_warps=4
-        )
+            weight, ids.contiguous(), out, ids.numel(), U=U, STRIDE=weight.stride(0), IDS=block,
+            U_PADDED=width, num_warps=4,
+        )  # fmt: skip
     return out
 
 

@@ -37,3 +37,16 @@ def test_rows_and_their_gradient(ids, rows, width):
     assert ((got - wanted).abs() <= 1e-6 * size).all()
     (again,) = torch.autograd.grad(resident.look_up(ids, weight), weight, pull)
     assert torch.equal(got, again)
+
+
+def test_rows_that_lie_apart_or_across():
+    records = torch.randn(50, 36, device="cuda")
+    ids = torch.arange(700, device="cuda").view(7, 100) % 47
+    for rows in (records[:, :16], records[:, 4:9], records.t(), records[:1].expand(50, 36)):
+        weight = rows.detach().requires_grad_()
+        ids_here = ids % len(rows)
+        found = resident.look_up(ids_here, weight)
+        assert torch.equal(found, rows[ids_here])
+        (got,) = torch.autograd.grad(found.sum(), weight)
+        counts = torch.bincount(ids_here.flatten(), minlength=len(rows))
+        assert torch.equal(got, counts.float().unsqueeze(1).expand_as(rows))
