@@ -16,7 +16,7 @@ from torch import Tensor
 from engram_lab.errors import UserError
 from engram_lab.memory.lookup import ServingTable
 from engram_lab.model.cache import Cache
-from engram_lab.model.experts import Experts, kernels
+from engram_lab.model.experts import Experts
 from engram_lab.model.graphs import captured
 from engram_lab.model.transformer import Transformer
 
@@ -149,7 +149,7 @@ class Decoder:
             self._joins = []
             self._readings = readings if self._readings is None else self._readings.copy_(readings)
         if self._step is None:
-            self._step = self._captured()
+            self._step = self._capture()
         self._step()
         self._draw()
 
@@ -184,9 +184,9 @@ class Decoder:
         """Whether a step waits for the device somewhere."""
         dtype = torch.bfloat16 if self._mixed else self._network.embedding.weight.dtype
         experts = [block.ffn for block in self._network.blocks if isinstance(block.ffn, Experts)]
-        return any(kernels is None or not kernels.fits(dtype, layer.out.shape) for layer in experts)
+        return any(layer.asks_the_host(dtype) for layer in experts)
 
-    def _captured(self) -> Callable[[], None]:
+    def _capture(self) -> Callable[[], None]:
         """Capture a step, and forget what that has changed."""
         changing = self._cache.changing()
         before = [tensor.clone() for tensor in changing]

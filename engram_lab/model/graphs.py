@@ -26,6 +26,6 @@ def captured(step: Callable[[], None], device: torch.device, *, warm_up: int = W
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # Threads that gather rows may use CUDA meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         step()
     return graph.replay

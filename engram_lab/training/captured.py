@@ -41,7 +41,7 @@ class CapturedStep:
     def __call__(self, **inputs: Tensor) -> Tensor:
         """Return the loss, no part of an autograd graph; inputs that require a gradient receive theirs."""
         if self._replay is None:
-            self._replay = self._captured(inputs)
+            self._replay = self._capture(inputs)
         for name, here in self._inputs.items():
             here.detach().copy_(inputs[name].detach(), non_blocking=True)
         self._replay()
@@ -50,7 +50,7 @@ class CapturedStep:
                 inputs[name].backward(here.grad)
         return self._output
 
-    def _captured(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
+    def _capture(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
         self._inputs = {
             name: given.detach().clone().requires_grad_(given.requires_grad) for name, given in inputs.items()
         }

@@ -88,9 +88,9 @@ def _ill(row: dict[str, float | None], layer: int) -> str:
     gate = row.get(f"memory/layer{layer}/gate_mean")
     added = row.get(f"memory/layer{layer}/contribution_ratio")
     wrong = []
-    if gate is not None and gate >= GATE_STUCK:
+    if gate is not None and not gate < GATE_STUCK:  # NaN is ill too
         wrong.append(f"gate {fixed(gate)}")
-    if added is not None and added < LEAST_CONTRIBUTION:
+    if added is not None and not added >= LEAST_CONTRIBUTION:
         wrong.append(f"adds {significant(100 * added, 2)} %")
     if not wrong:
         return ""

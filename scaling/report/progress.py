@@ -58,6 +58,7 @@ def courses(runs: pl.DataFrame) -> list[Course]:
     """Return every share's course, from the smallest up, of the runs evaluated at the steps most were."""
     told = runs.filter(pl.col("evaluations").is_not_null() & pl.col("tokens").is_not_null())
     rows = [(row["rho"], row["tokens"], json.loads(row["evaluations"])) for row in told.iter_rows(named=True)]
+    rows = [row for row in rows if row[2]]
     if not rows:
         return []
     schedules = [tuple(step for step, _ in seen) for _, _, seen in rows]

@@ -225,8 +225,10 @@ def test_a_stuck_gate_and_an_idle_memory_stand_at_the_head(tmp_path: Path) -> No
     rows = with_memory(allocation_rows("u", shares=(0.5, 1.0)), gate_mean=0.4, contribution_ratio=0.125)
     rows[0] |= {"memory/layer1/gate_mean": 0.995}
     rows[1] |= {"memory/layer1/contribution_ratio": 0.0021}
+    rows += [{**rows[1], "seed": 2, "run": "lost", "memory/layer1/gate_mean": float("nan")}]
     head = summary(report(tmp_path, study(rows)))
-    assert "The memory is ill in 2 places" in head
+    assert "The memory is ill in 3 places" in head
+    assert "seed 2, block 1: gate –" in head  # not a number
     assert "ρ = 0.5, M = 32.8k, seed 0, block 1: gate 0.995" in head
     assert "ρ = 0.5, M = 32.8k, seed 1, block 1: adds 0.21 %" in head
 
@@ -243,7 +245,8 @@ def test_losses_while_training_are_shown_against_those_of_the_largest_share(tmp_
         for rho, s in [(float(str(row["rho"])), float(str(row["seed"])))]
     ]
     odd = {**rows[0], "run": "odd", "evaluations": "[[7, 9.0]]"}
-    folder = report(tmp_path, study(rows, [odd]))
+    never = {**rows[0], "run": "never", "evaluations": "[]"}
+    folder = report(tmp_path, study(rows, [odd, never]))
     text = (folder / "report.md").read_text().replace("\\", "")
     assert "| ρ | runs | 1M tokens | 3M tokens |" in text
     assert "| 0.0000 | 2 | 5.5000 | 4.0000 |" in text  # means over seeds, the odd schedule left out
