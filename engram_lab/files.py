@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 
+def share_as_folder(path: Path) -> None:
+    """Let those read a file who may read its folder: safetensors writes for the owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     """Write `text` so that a reader, or a kill at any moment, sees the old file or the new one, never a part.
 

@@ -18,7 +18,7 @@ from scaling.joint import JointFit, fit_form, prepare
 from scaling.joint_law import FORMS
 from scaling.lawfit import LawFit, case_weights
 from scaling.lse import solve
-from scaling.observations import pure_error
+from scaling.observations import Observations, pure_error
 from scaling.tails import f_cdf
 
 REFITS = 400
@@ -141,6 +141,13 @@ def extrapolations(fit: CurveFit) -> tuple[HeldOut, ...]:
     return tuple(out)
 
 
+def _block(obs: Observations, block: int) -> str:
+    """Name a block: by its seed, where that is what its runs share, or by its place."""
+    seed = obs.seed[obs.block_of == block][0]
+    known = obs.block_name == "seed" and np.isfinite(seed)
+    return f"{obs.block_name} {seed:g}" if known else f"{obs.block_name} {block + 1}"
+
+
 def influence(fit: CurveFit) -> tuple[Influence, ...]:
     """The first parameter (rho*, alpha) without each x in turn, and without each block."""
     if not fit.fitted or not fit.family.axes or fit.n > REFITS:
@@ -149,10 +156,7 @@ def influence(fit: CurveFit) -> tuple[Influence, ...]:
     whole = float(axis.natural(fit.theta[0]))
     cases = [(f"x = {cell:g}", obs.x != cell) for cell in obs.cells]
     if obs.block_name:
-        cases += [
-            (f"{obs.block_name} {i + 1}", obs.block_of != block)
-            for i, block in enumerate(np.unique(obs.block_of))
-        ]
+        cases += [(_block(obs, block), obs.block_of != block) for block in np.unique(obs.block_of)]
     out = []
     for name, keep in cases:
         part = obs.take(keep)

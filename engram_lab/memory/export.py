@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engram_lab.errors import UserError
-from engram_lab.files import write_atomically
+from engram_lab.files import share_as_folder, write_atomically
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.room import require_disk
 from engram_lab.memory.row_file import CHUNK, make_durable
@@ -108,6 +108,7 @@ def export_rows(
                 for kind, values in stored.fields(records).items():
                     tensors[_key(part.table, kind)] = values.contiguous()
             save_file(tensors, aside)
+            share_as_folder(aside)
             with open(aside, "rb") as file:
                 os.fsync(file.fileno())
             shards.append(Shard(name, *_checked(aside), parts))

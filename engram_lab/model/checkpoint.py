@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engram_lab.errors import UserError
+from engram_lab.files import share_as_folder
 from engram_lab.memory.config import MemoryConfig
 from engram_lab.memory.export import SavedRows, remove_rows
 from engram_lab.memory.serving import serving_table
@@ -104,6 +105,7 @@ def save(
         if network.config.tie_embeddings:
             del tensors["head.weight"]
         save_file(tensors, folder / f".{WEIGHTS}.part")
+        share_as_folder(folder / f".{WEIGHTS}.part")
         record = CheckpointRecord(
             format=FORMAT,
             network=network.config,

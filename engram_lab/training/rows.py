@@ -272,7 +272,8 @@ class TableRows(Callback):
         """Delete what a finished run needs no more: the rows of its checkpoints, and the table's file."""
         self.close()
         shutil.rmtree(self.checkpoints.directory, ignore_errors=True)
-        self.file.unlink(missing_ok=True)
+        for file in self.file.parent.glob(f"{self.file.name}*"):  # with its logs, of an earlier tier too
+            file.unlink()
 
     def close(self) -> None:
         """Let updates under way land, and end threads, memory and files."""

@@ -88,6 +88,12 @@ def edit(folder, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def test_who_may_read_the_folder_may_read_the_weights(tmp_path):
+    tmp_path.chmod(0o755)
+    save(network(), tmp_path, tokenizer_hash="t")
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.glob("*.safetensors")} == {0o644}
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     save(network(), tmp_path, tokenizer_hash="a" * 64)
     assert "trained with tokenizer aaaaaaaaaaaa, but the text comes from bbbbbbbbbbbb" in refusal(

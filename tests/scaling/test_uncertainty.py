@@ -100,6 +100,13 @@ def test_influence_names_the_point_that_decides(fit):
     assert largest.left_out in ("x = 0.2", "x = 0.1", "x = 1")
 
 
+def test_influence_calls_seeds_by_their_numbers():
+    noise = 0.001 * np.random.default_rng(0).standard_normal(20)
+    runs = {"rho": np.tile(RHO, 2), "loss": u_curve(np.tile(RHO, 2)) + noise, "seed": np.repeat([0, 7], 10)}
+    left_out = {row.left_out for row in influence(fit_allocation(runs).model("log-saturating"))}
+    assert {name for name in left_out if "seed" in name} == {"seed 0", "seed 7"}
+
+
 def test_lack_of_fit_against_the_textbook():
     rho = np.repeat(RHO, 3)
     y = u_curve(rho) + 0.0003 * np.random.default_rng(0).standard_normal(30)
