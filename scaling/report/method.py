@@ -16,7 +16,8 @@ def method(study: Study) -> Method:
     curves = bool(study.allocations or study.memories)
     found = study.standard
     laws = () if found is None else found.laws
-    columns = set(study.runs.fitted.columns)
+    fitted = study.runs.fitted
+    columns = {name for name in fitted.columns if fitted[name].null_count() < fitted.height}
     weights = " and ".join(name for name in ("weight", "loss_sd") if name in columns)
     assumed, chosen, minimised, algorithms, intervals = [], [], [], [], []
     if study.allocations:

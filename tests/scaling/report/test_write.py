@@ -253,6 +253,12 @@ def test_losses_while_training_are_shown_against_those_of_the_largest_share(tmp_
     assert "loss minus that of ρ = 1" in (folder / "figures" / "progress-1.svg").read_text()
 
 
+def test_an_empty_column_weighs_nothing(tmp_path: Path) -> None:
+    rows = [{**row, "loss_sd": None} for row in allocation_rows("u")]
+    text = (report(tmp_path, study(rows)) / "report.md").read_text()
+    assert "weighted by nothing: all runs alike" in text
+
+
 def test_every_check_of_the_chosen_models_is_shown(whole: Path) -> None:
     text = (whole / "report.md").read_text().replace("\\", "")
     for title in ("Does the chosen formula fit?", "Runs held out and predicted", "Influence on ρ*"):
