@@ -1,7 +1,7 @@
 """Many reads of one file under way at once, around the page cache, from a single thread.
 
-Linux's asynchronous reads (`man 2 io_submit`) keep a disk as busy as a hundred threads do with a third of the
-processor's time, and in one compiled call: no thread of Python wakes beside a network that is being launched.
+Linux's asynchronous reads (`man 2 io_submit`) keep a disk busy without a thread for each read, in one
+compiled call: no thread of Python wakes beside a network that is being launched.
 Seccomp rules that forbid io_uring usually allow these calls.
 
 Shapes: n records, S bytes of one record, K requests.
@@ -23,7 +23,7 @@ from engram_lab.memory.disk_copy import BLOCK, ENDED, system_error
 from engram_lab.memory.row_copy import copy_bytes
 
 DEPTH = 512
-"""Reads under way at once. On a virtual disk 64 were slower by a third, and 1,024 no faster."""
+"""Reads under way at once: disks want many."""
 AGAIN, INTERRUPTED = errno.EAGAIN, errno.EINTR
 REQUEST, EVENT = 8, 4  # 8-byte words of Linux's iocb and io_event
 
