@@ -1,8 +1,8 @@
 """Reading rows of a table on a GPU, and adding up what every row's readers send back.
 
-torch's own look-up starts one block of threads a row, too much for rows of a few dozen bytes. The gradient sorts
-the ids; sums of equal ids are formed in slices of the sorted list, and those that reach over slices are put
-together in order, so that equal inputs give equal bits.
+torch's own look-up starts one block of threads a row, too much for rows of a few dozen bytes. The gradient
+sorts the ids; sums of equal ids are formed in slices of the sorted list, and those that reach over slices are
+put together in order, so that equal inputs give equal bits.
 
 Shapes: n ids, R rows, U row width.
 """
