@@ -66,11 +66,14 @@ class CapturedStep:
         # Gradients made while capturing live in the graph's memory, and every replay writes them.
         for tensor in (*self.network.parameters(), *self._inputs.values()):
             tensor.grad = None
+        device = self._inputs["ids"].device.type
+        on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         # Autocast would keep converted weights from one call to the next, and a replay use old ones.
-        on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with torch.enable_grad(), torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=on, cache_enabled=False):
             loss = self._loss(**self._inputs)
-        loss.backward()
+        # It would also narrow products that were made in float32 on purpose.
+        with torch.autocast(device, enabled=False):
+            loss.backward()
         self._output = loss.detach()
         self.norm = get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         self.network.update_router_bias()

@@ -1,6 +1,6 @@
 """What a captured step rests on, without a GPU: that nothing in it asks the host, and that it is the step.
 
-The capture itself is tested on a GPU (test_captured_gpu.py).
+The capture itself is tested on a GPU (test_captured_parity.py).
 """
 
 from __future__ import annotations
