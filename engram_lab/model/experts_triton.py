@@ -25,6 +25,8 @@ from engram_lab.model.router_triton import MOST_EXPERTS, TILE, Routing, route, r
 
 _WIDE = 512
 """Width from which larger blocks and the library's grouped product win; see `_up_block`."""
+_GROUPS = 1024
+"""The library's product takes fewer."""
 _DOWN = (64, 64, 64, 4, 4)
 """Rows and hidden channels one program makes, channels it reads at once, its warps and loads in flight. These
 and the blocks below were the fastest of a grid on an H100 with D 256, H 128 and with D 1024, H 512."""
@@ -220,7 +222,7 @@ def _multiply(rows: Tensor, weight: Tensor, ends: Tensor, tiles: Tensor, *, tran
     With `transposed` weight is [E, OUT, IN].
     """
     IN, OUT = rows.shape[1], weight.shape[1 if transposed else 2]
-    if OUT >= _WIDE:
+    if OUT >= _WIDE and len(weight) < _GROUPS:
         return F.grouped_mm(rows, weight.mT if transposed else weight, offs=ends)
     out, bo = rows.new_empty(len(rows), OUT), _divisor(OUT, 128)
     _product[(len(tiles) * (OUT // bo),)](
