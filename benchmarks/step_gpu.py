@@ -318,6 +318,20 @@ def lightning_step(network: Transformer, batches: list[Batch], steps: int, devic
     return 1e3 * (clock.ended - clock.started) / (steps - steps // 2)
 
 
+def compare_loops(
+    bare: Step, network: Transformer, batches: list[Batch], steps: int, device: str
+) -> dict[str, list[float]]:
+    """Milliseconds a step of a bare loop and of Lightning's, in turns, from the same balanced network."""
+    weights = {name: value.clone() for name, value in network.state_dict().items()}
+    times: dict[str, list[float]] = {"bare": [], "lightning": []}
+    for _ in range(3):
+        network.load_state_dict(weights)
+        times["lightning"].append(lightning_step(network, batches, steps, device))
+        time_steps(bare, steps // 2, device)
+        times["bare"].append(time_steps(bare, steps - steps // 2, device))
+    return times
+
+
 class Part(NamedTuple):
     """A model too large to train beside another."""
 
@@ -423,7 +437,6 @@ def main() -> None:
     plain = Step(network, True, batches, device)  # takes the initial weights
     prepare(network, ExecutionConfig(), torch.device(device))
     ours = Step(network, False, batches, device, not options.no_graphs)
-    weights = {name: value.clone() for name, value in network.state_dict().items()}
     keep("first_cell_seconds_beside_the_baselines_compilation", first_step(ours, device))
     filling.wait()
     keep("baseline_first_step_seconds_cache_filled", first_step(plain, device))
@@ -435,11 +448,11 @@ def main() -> None:
     keep("mfu", flops_per_token(network.config, shape[1]) * shape[0] * shape[1] / middle["ours"] * 1e3 / PEAK)
     if device == "cuda":
         keep("components", components(ours))
-    bare = time_steps(ours, 60 if device == "cuda" else 2, device)
-    network.load_state_dict(weights, strict=False)
-    loop = lightning_step(network, batches, 120 if device == "cuda" else 4, device)
-    keep("lightning", {"bare_ms": bare, "lightning_ms": loop, "overhead": loop / bare - 1})
-    del plain, ours, network, batches
+    del plain
+    loops = compare_loops(ours, network, batches, 120 if device == "cuda" else 4, device)
+    bare, lightning = (statistics.median(loops[name]) for name in ("bare", "lightning"))
+    keep("lightning", {"milliseconds": loops, "overhead": lightning / bare - 1})
+    del ours, network, batches
     if device == "cuda":
         torch.cuda.empty_cache()
     keep("second_cell", other("second"))
