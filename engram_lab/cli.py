@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
     extend = study.add_parser("extend", help="add the cells that would narrow the best share's interval most")
     extend.add_argument("study")
-    extend.add_argument("--count", type=int, default=2, help="how many to propose; default: 2")
+    extend.add_argument("--count", type=int, default=2, help="at how many shares; default: 2")
     extend.add_argument("--cells", nargs="+", default=[], metavar="RHO:SEED", help="add these instead")
     extend.add_argument("--directory", type=Path, default=Path("mlruns"), help="default: mlruns")
     extend.set_defaults(call=_extend)

@@ -238,8 +238,8 @@ def status(name: str, directory: Path) -> None:
 
 
 def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> None:
-    """Add cells to a study: those given as `RHO:SEED`, or else the `count` that would say most."""
-    from engram_lab.studies.extension import ExtraCell, extend, propose
+    """Add cells to a study: those given as `RHO:SEED`, or else the `count` shares that would say most."""
+    from engram_lab.studies.extension import ExtraCell, extend, propose, settle
 
     recipe = _stored_recipe(name, directory)
     try:
@@ -250,9 +250,16 @@ def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> No
         ) from None
     if any(not 0 <= cell.rho <= 1 or cell.seed < 0 for cell in chosen):
         raise UserError(f"--cells is {' '.join(cells)!r}; a share lies between 0 and 1, a seed is 0 or more.")
-    for cell in extend(study_directory(recipe), chosen or propose(recipe, count)):
-        console.print(f"added rho {cell.rho:.4g} seed {cell.seed}", highlight=False)
-    console.print("run the study's recipe again to train what was added", highlight=False)
+    new, there = settle(recipe, chosen or propose(recipe, count))
+    for cell in there:
+        console.print(f"there already: rho {cell.rho:g} seed {cell.seed}", highlight=False)
+    added = extend(study_directory(recipe), new)
+    for cell in added:
+        console.print(f"added rho {cell.rho:g} seed {cell.seed}", highlight=False)
+    if added:
+        console.print("run the study's recipe again to train what was added", highlight=False)
+    else:
+        console.print("nothing was added", highlight=False)
 
 
 def report(name: str, directory: Path, out: Path) -> None:

@@ -63,7 +63,7 @@ _HOME = {
     "sweep_power": "design",
     "plan_allocation": "design",
     "forecast_half_width": "design",
-    "next_runs": "design",
+    "next_runs": "sequential",
     "packed": "design",
     "ScalingError": "errors",
     "read": "frame",

@@ -75,6 +75,7 @@ def fit_allocation(
         "error": weighting,
         "runs_left_out": sum(item.count for item in excluded),
         "budgets_merged": "" if value is None else merged_budgets(numbers(frame, "budget")),
+        "experts_divided": experts_divided(frame),
     }
     return analyse(obs, families, budget=value, held=held, confidence=confidence, seed=seed)
 
@@ -109,6 +110,21 @@ def expert_floor(frame: pl.DataFrame) -> tuple[float, str]:
         if usable.any():
             return float(np.median(ratio[usable])), "columns experts and top_k"
     return FLOOR, "default, because the table has no experts and top_k"
+
+
+def experts_divided(frame: pl.DataFrame) -> int | None:
+    """E_1 - k, the experts that rho divides, where `experts`, `top_k` and rho agree on one whole number."""
+    if not {"experts", "top_k"} <= set(frame.columns):
+        return None
+    experts, active, rho = (numbers(frame, name) for name in ("experts", "top_k", "rho"))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        divided = (experts - active) / rho
+    divided = divided[np.isfinite(divided) & (divided > 0)]
+    if not len(divided):
+        return None
+    whole = round(float(np.median(divided)))
+    agree = np.abs(rho * whole - (experts - active)) < 0.5  # a table may give rho to two digits
+    return whole if whole > 0 and agree.all() else None
 
 
 def analyse(

@@ -38,8 +38,10 @@ def add_design(design: argparse.ArgumentParser) -> None:
         plan.set_defaults(run=run)
     following = plans.add_parser("next", help="the runs that would sharpen rho* most")
     table_arguments(following)
-    following.add_argument("--count", type=whole, default=1, metavar="N", help="how many (1)")
-    following.add_argument("--rho", type=numbers, metavar="R,R", help="shares that can be run")
+    following.add_argument("--count", type=whole, default=1, metavar="N", help="at how many shares (1)")
+    following.add_argument(
+        "--rho", type=numbers, metavar="R,R", help="shares that can be run (those of whole experts)"
+    )
     following.add_argument("--json", action="store_true", help="print JSON")
     following.add_argument(
         "--budget", type=float, metavar="FLOPS", help="which budget, where there are several"
@@ -94,7 +96,7 @@ def _forecast(given: argparse.Namespace) -> None:
 
 def _next(given: argparse.Namespace) -> None:
     from scaling.allocation import fit_allocation
-    from scaling.design import next_runs
+    from scaling.sequential import next_runs
 
     fit = fit_allocation(runs(given), budget=given.budget)
     cells = [run.to_dict() for run in next_runs(fit, given.count, given.rho)]

@@ -1,8 +1,6 @@
-"""Before the runs: what a planned sweep will be able to say, and which run to make next.
+"""Before the runs: what a planned sweep will be able to say.
 
-Power is by simulation from a stated truth and the profile-F interval of the log + saturating-log family;
-the next run is the one that shrinks the variance of rho* most, by the information matrix averaged over
-everything the data still allow (sequential c-optimal design: Chernoff 1953).
+Power is by simulation from a stated truth and the profile-F interval of the log + saturating-log family.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import numpy as np
 
 from scaling.allocation import AllocationFit
 from scaling.allocation_families import FLOOR, allocation_families
-from scaling.curvefit import CurveFit
 from scaling.errors import ScalingError
 from scaling.families import Family
 from scaling.joint_law import FORMS, JointData, curve, optimum_at
@@ -118,21 +115,6 @@ class Plan:
             "chosen": None if self.chosen is None else self.chosen.to_dict(),
             "cells": cells,
         }
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextRun:
-    """One proposed run and what it is expected to do."""
-
-    rho: float
-    seed: int
-    budget: float | None
-    sd_ratio: float
-    """Expected SD of rho* after this and the runs before it, over the SD now."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return dict(self.__dict__)
 
 
 def packed(count: int, low: float = 0.1) -> tuple[float, ...]:
@@ -272,86 +254,6 @@ def forecast_half_width(
         raise ScalingError(f"{len(x)} runs do not carry the {len(names)} parameters of the joint law.")
     variance = direction @ np.linalg.pinv(jacobian.T @ jacobian) @ direction
     return quantile_t(confidence, dof) * sd * math.sqrt(max(float(variance), 0.0))
-
-
-def next_runs(
-    fit: AllocationFit, count: int = 1, candidates: Sequence[float] | None = None
-) -> tuple[NextRun, ...]:
-    """The `count` runs that shrink the variance of rho* most, one after the other.
-
-    `candidates` are the rho that can be run (a grid of hundredths by default). Averages over the credible
-    families with an optimum, weighted by AICc, and over their confidence regions, so a proposal does not
-    rest on one estimate.
-    """
-    if count < 1:
-        raise ScalingError(f"count is {count!r}; at least one run must be asked for.")
-    options = np.linspace(0, 1, 101) if candidates is None else np.asarray(candidates, dtype=float)
-    if len(options) == 0 or options.min() < 0 or options.max() > 1:
-        raise ScalingError("candidates must be shares in [0, 1].")
-    members = [fit.model(name) for name in fit.optimum.members]
-    members = [model for model in members if model.family.axes and model.params[model.family.amplitude] > 0]
-    members = (
-        members
-        or [m for m in fit.models if m.fitted and m.family.axes and m.params[m.family.amplitude] > 0][:1]
-    )
-    if not members:
-        raise ScalingError("No fitted curve has an optimum to sharpen; add runs at more values of rho first.")
-    weights = np.array([math.exp(-0.5 * (model.delta_aicc or 0.0)) for model in members])
-    states = [_information(model, options) for model in members]
-    seeds: dict[float, int] = {}
-    for x, used in zip(fit.observations.x, fit.observations.seed, strict=True):
-        here = round(float(x), 9)
-        seeds[here] = max(seeds.get(here, -1), int(used) if math.isfinite(used) else seeds.get(here, -1) + 1)
-    out = []
-    before = [inverse[:, 0, 0].copy() for inverse, _ in states]
-    for _ in range(count):
-        ratio = np.zeros(len(options))
-        for weight, (inverse, rows), start in zip(weights / weights.sum(), states, before, strict=True):
-            through = np.einsum("kij,kmj->kmi", inverse, rows)
-            after = inverse[:, None, 0, 0] - through[:, :, 0] ** 2 / (
-                1 + np.einsum("kmi,kmi->km", rows, through)
-            )
-            ratio += weight * np.sqrt(np.maximum(after, 0.0) / start[:, None]).mean(0)
-        pick = int(ratio.argmin())
-        rho = round(float(options[pick]), 9)
-        seeds[rho] = seeds.get(rho, -1) + 1
-        out.append(NextRun(rho=rho, seed=seeds[rho], budget=fit.budget, sd_ratio=float(ratio[pick])))
-        for index, (inverse, rows) in enumerate(states):
-            row = rows[:, pick]
-            through = np.einsum("kij,kj->ki", inverse, row)
-            scale = 1 + np.einsum("ki,ki->k", row, through)
-            states[index] = (inverse - through[:, :, None] * through[:, None, :] / scale[:, None, None], rows)
-    return tuple(out)
-
-
-def _information(model: CurveFit, options: np.ndarray, most: int = 40) -> tuple[np.ndarray, np.ndarray]:
-    """Inverse information [K, p, p] at K points of the confidence region, and the rows of the candidates
-    [K, m, p].
-    """
-    cloud = model.cloud[np.unique(np.linspace(0, len(model.cloud) - 1, most).astype(int))]
-    cloud = cloud[(cloud[:, 0] > 0.005) & (cloud[:, 0] < 0.995)]
-    cloud = np.concatenate([model.theta[None], cloud])
-    family, design = model.family, model.design
-    b = design.amplitude(design.weighted(model.obs.y), design.curves(cloud))
-    b = np.maximum(b, 0.1 * model.params[family.amplitude])
-
-    def rows(x: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-        shape = family.basis(cloud, x)[..., None]
-        slope = b[:, None, None] * family.slope(cloud, x)
-        nuisance = np.broadcast_to(
-            np.concatenate([family.nuisance(x), blocks], axis=1),
-            (len(cloud), len(x), design.nuisance.shape[1]),
-        )
-        return np.concatenate([slope, shape, nuisance], axis=-1)
-
-    own = rows(design.x, model.obs.blocks) * design.root_weight[:, None]
-    matrix = np.einsum("kni,knj->kij", own, own)
-    size = np.sqrt(np.einsum("kii->ki", matrix))
-    size = np.where(size > 0, size, 1.0)
-    scaled = matrix / (size[:, :, None] * size[:, None, :]) + 1e-9 * np.eye(matrix.shape[1])
-    inverse = np.linalg.inv(scaled) / (size[:, :, None] * size[:, None, :])
-    unit = math.sqrt(float(np.median(model.obs.weight)))
-    return inverse, rows(options, np.zeros((len(options), model.obs.blocks.shape[1]))) * unit
 
 
 def _family(floor: float) -> Family:

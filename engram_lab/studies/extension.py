@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from engram_lab.budget import solve
 from engram_lab.errors import UserError
 from engram_lab.files import write_atomically
 from engram_lab.recipe import Recipe
@@ -36,28 +37,73 @@ def extend(directory: Path, cells: Iterable[ExtraCell]) -> tuple[ExtraCell, ...]
     return new
 
 
-def propose(recipe: Recipe, count: int) -> tuple[ExtraCell, ...]:
-    """The `count` runs that would narrow the interval of the best share most, by the runs recorded so far.
+def only_budget(recipe: Recipe) -> tuple[str, Recipe]:
+    """The name of the study's budget, "" where it has no name, and the recipe that cells are added to.
 
-    Only shares that come out as a whole number of experts are proposed.
+    Raises:
+        UserError: there are several.
+    """
+    assert recipe.study is not None
+    budgets = recipe.study.budgets or {"": {}}
+    if len(budgets) > 1:
+        raise UserError(
+            f"the study {recipe.name!r} has {len(budgets)} budgets; cells are added to a study of one. "
+            "Add shares or seeds to its recipe instead."
+        )
+    ((name, fields),) = budgets.items()
+    return name, recipe.override(fields)
+
+
+def settle(recipe: Recipe, cells: Iterable[ExtraCell]) -> tuple[tuple[ExtraCell, ...], tuple[ExtraCell, ...]]:
+    """Return the cells that are new to the study, and those that come out as cells of its recipe.
+
+    A share stands for the whole number of experts it rounds to; one that rounds as a share of the recipe does
+    is called by that one.
+
+    Raises:
+        UserError: a cell that cannot be built, or a study of several budgets.
+    """
+    study, recipe = recipe.study, only_budget(recipe)[1]
+    assert study is not None
+    own = {_experts(recipe, rho): rho for rho in study.rho}
+    settled = [replace(cell, rho=own.get(_experts(recipe, cell.rho), cell.rho)) for cell in cells]
+    there = [cell.rho in study.rho and cell.seed in study.seeds for cell in settled]
+    new = tuple(cell for cell, known in zip(settled, there, strict=True) if not known)
+    return new, tuple(cell for cell, known in zip(settled, there, strict=True) if known)
+
+
+def propose(recipe: Recipe, count: int) -> tuple[ExtraCell, ...]:
+    """The runs at `count` shares that would narrow the interval of the best share most, by the runs so far.
+
+    Only shares that come out as a whole number of experts and whose memory can be built are proposed, each
+    with every seed that pairs it with the others.
 
     Raises:
         UserError: the study has several budgets, or its runs do not support a proposal.
     """
     from scaling import fit_allocation
-    from scaling.design import next_runs
     from scaling.errors import ScalingError
     from scaling.mlflow_reader import read_study
+    from scaling.sequential import next_runs, shares_in_reach
 
-    assert recipe.study is not None
-    if len(recipe.study.budgets) > 1:
-        raise UserError(
-            f"the study {recipe.name!r} has {len(recipe.study.budgets)} budgets; proposals are made for one."
-        )
+    recipe = only_budget(recipe)[1]
     try:
         fit = fit_allocation(read_study(recipe.tracking.uri, recipe.name))
-        top_k, experts = recipe.model.ffn.top_k, recipe.model.ffn.experts
-        shares = [(n - top_k) / (experts - top_k) for n in range(top_k, experts + 1)]
+        shares = [rho for rho in shares_in_reach(fit).tolist() if _can_be_built(recipe, rho)]
         return tuple(ExtraCell(rho=run.rho, seed=run.seed) for run in next_runs(fit, count, shares))
     except ScalingError as error:
         raise UserError(str(error)) from error
+
+
+def _experts(recipe: Recipe, rho: float) -> int:
+    """The experts of the cell at that share."""
+    budget = replace(recipe.budget, rho=rho)
+    return solve(recipe.model, budget, sequence_length=recipe.data.sequence_length).experts
+
+
+def _can_be_built(recipe: Recipe, rho: float) -> bool:
+    try:
+        _experts(recipe, rho)
+    except UserError:
+        return False
+    return True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe, ResolvedRun, resolve
-from engram_lab.studies.extension import ExtraCell
+from engram_lab.studies.extension import ExtraCell, only_budget
 
 if TYPE_CHECKING:
     from engram_lab.text import TokenCorpus, UnreadText
@@ -78,12 +78,17 @@ def plan(
                 "remove one of them, or enlarge the budget."
             )
     for place in extra:
+        budget, base = only_budget(recipe)
         changes = {"kind": "train", "study": None, "seed": place.seed, "budget.rho": place.rho}
-        run = resolve(recipe.override(changes), corpus)
         added = Cell(
-            sweep="allocation", budget=MAIN_BUDGET, control="", rho=place.rho, rows_per_head=0, run=run
+            sweep="allocation",
+            budget=budget or MAIN_BUDGET,
+            control="",
+            rho=place.rho,
+            rows_per_head=0,
+            run=resolve(base.override(changes), corpus),
         )
-        cells.setdefault(run.identity, added)
+        cells.setdefault(added.run.identity, added)
     return tuple(cells.values())
 
 

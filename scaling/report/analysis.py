@@ -9,7 +9,6 @@ from typing import TypeVar
 import polars as pl
 
 from scaling.allocation import AllocationFit, budgets, fit_allocations
-from scaling.design import NextRun, next_runs
 from scaling.errors import ScalingError
 from scaling.frame import need
 from scaling.joint import JointFit, fit_joint
@@ -18,9 +17,10 @@ from scaling.report.adequacy import BudgetTrial, Trial, budget_trial, trials
 from scaling.report.numbers import budget_label
 from scaling.report.runs import Runs, told_apart
 from scaling.report.standard import Standard, calls_for_laws, standard
+from scaling.sequential import NextRun, next_runs
 
 NEXT = 3
-"""How many further runs are proposed."""
+"""At how many shares further runs are proposed."""
 Fit = TypeVar("Fit")
 
 

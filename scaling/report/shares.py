@@ -17,7 +17,7 @@ from scaling.report.numbers import budget_label, fixed, interval, percent, signi
 from scaling.ushape import UShape
 
 if TYPE_CHECKING:
-    from scaling.design import NextRun
+    from scaling.sequential import NextRun
 
 
 def shares(fits: Sequence[AllocationFit], proposed: Sequence[NextRun]) -> Section:
@@ -65,9 +65,12 @@ def further(proposed: Sequence[NextRun]) -> Table:
     return Table(
         title=f"Runs that would sharpen ρ* most, {budget_label(proposed[0].budget)}",
         columns=("ρ", "seed", "expected SD of ρ*, relative to now"),
-        rows=tuple((fixed(run.rho, 2), str(run.seed), fixed(run.sd_ratio, 2)) for run in proposed),
+        rows=tuple((fixed(run.rho, 4), str(run.seed), fixed(run.sd_ratio, 2)) for run in proposed),
         numeric=frozenset({"ρ", "seed", "expected SD of ρ*, relative to now"}),
-        note="One after the other, each given those before it, averaged over what the runs still allow.",
+        note=(
+            "One after the other, each given those before it, averaged over what the runs still allow; where"
+            " experts are counted, only shares of whole experts, and where seeds are paired, all of them."
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Planning: power grows with runs, the next run helps, and the package starts quickly."""
+"""Planning: power grows with runs, and the package starts quickly."""
 
 import json
 import subprocess
@@ -13,7 +13,6 @@ from scaling import (
     Truth,
     fit_allocation,
     forecast_half_width,
-    next_runs,
     packed,
     plan_allocation,
     sweep_power,
@@ -61,33 +60,6 @@ def test_four_budgets_forecast_better_than_two():
     assert 0.015 < four < 0.06
 
 
-def test_the_proposed_run_beats_the_average_candidate():
-    table = ten_points(sd=0.001)
-    fit = fit_allocation(table)
-    proposal = next_runs(fit)[0]
-    assert 0 <= proposal.rho <= 1
-    assert proposal.sd_ratio < 1
-    spread = {}
-    for rho in (proposal.rho, 0.45):
-        widths = []
-        for seed in range(6):
-            extra = u_curve(np.array([rho])) + 0.001 * np.random.default_rng(seed + 50).standard_normal(1)
-            more = {"rho": np.append(RHO, rho), "loss": np.append(table["loss"], extra)}
-            low, high = fit_allocation(more).model("log-saturating").interval
-            widths.append((1.0 if high is None else high) - (0.0 if low is None else low))
-        spread[rho] = np.median(widths)
-    assert spread[proposal.rho] < spread[0.45]
-
-
-def test_several_runs_have_fresh_seeds():
-    table = ten_points() | {"seed": np.zeros(10, dtype=int)}
-    runs = next_runs(fit_allocation(table), 4, candidates=RHO)
-    assert len({(run.rho, run.seed) for run in runs}) == 4
-    assert all(run.seed >= 1 for run in runs)
-    ratios = [run.sd_ratio for run in runs]
-    assert ratios == sorted(ratios, reverse=True)
-
-
 @pytest.mark.parametrize(
     "call",
     [
@@ -97,9 +69,6 @@ def test_several_runs_have_fresh_seeds():
         lambda: plan_allocation(0),
         lambda: Truth(optimum=1.5),
         lambda: forecast_half_width([1e18], packed(8)),
-        lambda: next_runs(fit_allocation(ten_points()), 0),
-        lambda: next_runs(fit_allocation(ten_points()), 1, candidates=[2.0]),
-        lambda: next_runs(fit_allocation({"rho": [0.1, 0.2], "loss": [1.0, 2.0]})),
     ],
 )
 def test_impossible_plans_are_sentences(call):

@@ -3,13 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe
-from engram_lab.studies.extension import ExtraCell, extend, read_extension
+from engram_lab.studies.extension import ExtraCell, extend, propose, read_extension, settle
 from engram_lab.studies.plan import Cell, plan
 from engram_lab.text import prepare
+from engram_lab.training.run import columns
 
 
 def cells(tiny: dict[str, Any], study: dict[str, Any], **changes: Any) -> tuple[Cell, ...]:
@@ -76,6 +78,63 @@ def test_extra_cells_come_last_and_once(tiny: dict[str, Any], tmp_path: Path) ->
     planned = plan(recipe, prepare(recipe.text), added)
     assert [c.label for c in planned] == ["rho 0.5 seed 0", "rho 1 seed 0", "rho 0.9 seed 4"]
     assert planned[-1].run.allocation.rho == pytest.approx(0.9)
+
+
+def a_study(tiny: dict[str, Any], **study: Any) -> Recipe:
+    """A study whose shares divide ten experts."""
+    return Recipe.from_dict({**tiny, "kind": "study", "budget": {}, "study": study})
+
+
+def test_shares_that_round_to_a_cell_of_the_recipe_are_that_cell(tiny: dict[str, Any]) -> None:
+    recipe = a_study(tiny, rho=[0, 0.5, 1], seeds=[0, 1])
+    asked = [ExtraCell(rho=0.97, seed=0), ExtraCell(rho=0.97, seed=2), ExtraCell(rho=0.9, seed=0)]
+    new, there = settle(recipe, asked)
+    assert new == (ExtraCell(rho=1.0, seed=2), ExtraCell(rho=0.9, seed=0))
+    assert there == (ExtraCell(rho=1.0, seed=0),)
+
+
+def test_cells_are_added_to_the_only_budget_of_a_study(tiny: dict[str, Any]) -> None:
+    recipe = a_study(tiny, rho=[0.5, 1], budgets={"wide": {"model.ffn.experts": 22}})
+    (*_, added) = plan(recipe, prepare(recipe.text), settle(recipe, [ExtraCell(rho=0.95, seed=0)])[0])
+    assert (added.label, added.run.allocation.experts) == ("wide rho 0.95 seed 0", 21)
+    several = a_study(tiny, rho=[0.5, 1], budgets={"a": {}, "b": {"model.d_model": 32}})
+    with pytest.raises(UserError, match="2 budgets"):
+        settle(several, [ExtraCell(rho=0.95, seed=0)])
+
+
+def recorded(recipe: Recipe) -> pl.DataFrame:
+    """The runs of the study's allocation sweep, with losses on a valley about .6."""
+    rows: list[dict[str, Any]] = []
+    for cell in plan(recipe, prepare(recipe.text)):
+        described = columns(cell.run, cell.tags)
+        bump = 0.001 * ((7 * len(rows)) % 5 - 2)
+        rows.append({**described, "status": "finished", "loss": 3 + (described["rho"] - 0.6) ** 2 + bump})
+    return pl.DataFrame(rows)
+
+
+def test_proposed_cells_are_whole_experts_and_leave_seeds_paired(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = a_study(tiny, rho=[0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], seeds=[0, 1])
+    monkeypatch.setattr("scaling.mlflow_reader.read_study", lambda uri, name: recorded(recipe))
+    cells = propose(recipe, 2)
+    new, there = settle(recipe, cells)
+    assert (new, there) == (cells, ())
+    assert [cell.seed for cell in cells] == [0, 1, 0, 1]
+    assert {cell.rho for cell in cells} <= {0.2, 0.4, 0.6, 0.8}
+    assert len(plan(recipe, prepare(recipe.text), cells)) == 18
+
+
+def test_shares_whose_memory_cannot_be_built_are_not_proposed(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One expert's parameters do not do for the smallest primes of 14 hash heads.
+    wide = {**tiny["model"], "engram": {**tiny["model"]["engram"], "heads": 7}}
+    recipe = a_study({**tiny, "model": wide}, rho=[0, 0.1, 0.2, 0.3, 0.5, 0.7, 1], seeds=[0, 1])
+    monkeypatch.setattr("scaling.mlflow_reader.read_study", lambda uri, name: recorded(recipe))
+    assert {cell.rho for cell in propose(recipe, 3)} == {0.4, 0.6, 0.8}
+    with pytest.raises(UserError, match="lower rho"):
+        settle(recipe, [ExtraCell(rho=0.9, seed=0)])
 
 
 @pytest.mark.parametrize(
