@@ -14,6 +14,14 @@ from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe
 from engram_lab.training.run import run_directory
 
+MISMATCH = {
+    "strict": "the mismatch of FLOPs leaves the router out, whose FLOPs grow with the experts; the column "
+    "budget counts it",
+    "published": "the mismatch of parameters leaves out the memory's projections, which come on top; the "
+    "column total_parameters counts them",
+}
+"""By budget.mode: what `total_mismatch` and `flops_mismatch` leave out (`engram_lab.budget.solve`)."""
+
 
 def write_study_report(recipe: Recipe, reports: Path, *, say: Callable[[str], None]) -> Path:
     """Fit the study's runs and write `<reports>/<study>/`; returns the path of report.html.
@@ -62,6 +70,7 @@ def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
         else "none: every training token is fresh",
         "flops": "training, forward and backward, a multiply-add counted as two; scores over the whole "
         "sequence and the output head included",
+        "mismatch": MISMATCH[recipe.budget.mode],
         "parameters": "all but the token embedding and the output head",
         "metric": "validation loss after the last step, nats per token",
         "checkpoints": "one, after the last step",

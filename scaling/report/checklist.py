@@ -41,6 +41,7 @@ def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Tabl
     """Return the checklist as a table."""
     fitted = runs.fitted
     recipe = RECIPE if "recipe" in context else UNSTATED
+    mismatch = [_line(context["mismatch"])] if context.get("mismatch") else []
 
     def told(*names: str, default: str = UNSTATED) -> str:
         found = [_line(context[name]) for name in names if context.get(name) not in (None, "")]
@@ -65,7 +66,7 @@ def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Tabl
             ("Did the learning rate end with the tokens of each run?", told("schedule", default=recipe)),
             ("By which code?", _named(fitted, "code_version") or told("code_version", "code")),
             ("On which machine?", _named(fitted, "machine") or told("machine")),
-            ("How far do cells miss their budget?", _missed(fitted)),
+            ("How far do cells miss their budget?", "; ".join([_missed(fitted), *mismatch])),
         ),
         "Data": (
             ("What is the metric?", told("metric", default=f"Column loss; on which text is {UNSTATED}.")),

@@ -25,7 +25,7 @@ def data(study: Study, context: Mapping[str, object], runs_hash: str) -> Section
         left_out(runs),
         overview(runs) if has_runs else None,
         controls(runs),
-        held_fixed(runs) if has_runs else None,
+        held_fixed(runs, str(context.get("mismatch") or "")) if has_runs else None,
         checklist(runs, context, method(study)),
         *_made_by(runs),
         *_context(context, runs_hash),

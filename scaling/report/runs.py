@@ -199,8 +199,10 @@ def listing(runs: Runs) -> Table:
     return Table(title="Every run", note=note, long=True, **_listing(frame.head(ROWS_SHOWN), tuple(shown)))
 
 
-def held_fixed(runs: Runs) -> Table:
-    """Return what did and did not vary among the fitted runs of each sweep."""
+def held_fixed(runs: Runs, mismatch: str = "") -> Table:
+    """Return what did and did not vary among the fitted runs of each sweep; `mismatch` says what the columns
+    of that name count.
+    """
     sweeps = _sweeps(runs.fitted)
     rows = tuple(
         (name, *(_varied(part, name, _matched(sweep, part)) for sweep, part in sweeps.items()))
@@ -213,6 +215,7 @@ def held_fixed(runs: Runs) -> Table:
         note=(
             "Per cents say how far apart the smallest and the largest value within one budget are: the"
             " mismatch of what a budget should hold equal."
+            + (f" {mismatch[:1].upper()}{mismatch[1:]}." if mismatch else "")
         ),
     )
 

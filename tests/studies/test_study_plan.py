@@ -3,15 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
+from made_up_studies import a_study, recorded
 
 from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe
 from engram_lab.studies.extension import ExtraCell, extend, propose, read_extension, settle
 from engram_lab.studies.plan import Cell, plan
 from engram_lab.text import prepare
-from engram_lab.training.run import columns
 
 
 def cells(tiny: dict[str, Any], study: dict[str, Any], **changes: Any) -> tuple[Cell, ...]:
@@ -80,11 +79,6 @@ def test_extra_cells_come_last_and_once(tiny: dict[str, Any], tmp_path: Path) ->
     assert planned[-1].run.allocation.rho == pytest.approx(0.9)
 
 
-def a_study(tiny: dict[str, Any], **study: Any) -> Recipe:
-    """A study whose shares divide ten experts."""
-    return Recipe.from_dict({**tiny, "kind": "study", "budget": {}, "study": study})
-
-
 def test_shares_that_round_to_a_cell_of_the_recipe_are_that_cell(tiny: dict[str, Any]) -> None:
     recipe = a_study(tiny, rho=[0, 0.5, 1], seeds=[0, 1])
     asked = [ExtraCell(rho=0.97, seed=0), ExtraCell(rho=0.97, seed=2), ExtraCell(rho=0.9, seed=0)]
@@ -100,16 +94,6 @@ def test_cells_are_added_to_the_only_budget_of_a_study(tiny: dict[str, Any]) -> 
     several = a_study(tiny, rho=[0.5, 1], budgets={"a": {}, "b": {"model.d_model": 32}})
     with pytest.raises(UserError, match="2 budgets"):
         settle(several, [ExtraCell(rho=0.95, seed=0)])
-
-
-def recorded(recipe: Recipe) -> pl.DataFrame:
-    """The runs of the study's allocation sweep, with losses on a valley about .6."""
-    rows: list[dict[str, Any]] = []
-    for cell in plan(recipe, prepare(recipe.text)):
-        described = columns(cell.run, cell.tags)
-        bump = 0.001 * ((7 * len(rows)) % 5 - 2)
-        rows.append({**described, "status": "finished", "loss": 3 + (described["rho"] - 0.6) ** 2 + bump})
-    return pl.DataFrame(rows)
 
 
 def test_proposed_cells_are_whole_experts_and_leave_seeds_paired(

@@ -138,6 +138,15 @@ def test_what_the_context_states_is_stated(tmp_path: Path) -> None:
     assert "recipe below" in said["How were hyper-parameters chosen?"]
 
 
+def test_what_mismatches_leave_out_is_said_where_they_stand(tmp_path: Path) -> None:
+    rows = study(allocation_rows("u")).with_columns(flops_mismatch=pl.lit(-5e-4))
+    page = write_report(rows, tmp_path, context={"mismatch": "the router is left out of flops_mismatch"})
+    missed = answers(page)["How far do cells miss their budget?"]
+    assert missed == "FLOPs per token by at most 0.05 %; the router is left out of flops_mismatch"
+    varied = page.with_suffix(".md").read_text().replace("\\", "")
+    assert "should hold equal. The router is left out of flops_mismatch." in varied
+
+
 def test_budgets_that_hold_unequal_compute_and_fits_at_a_bound_are_noted(tmp_path: Path) -> None:
     said = answers(write_report(study(allocation_rows("falling")), tmp_path))
     assert "C = 1e15 FLOPs holds 9 values 0.1 % apart" in said["Which runs were taken for one budget?"]

@@ -1,0 +1,25 @@
+"""What a study's report says beyond its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_studies import a_study, recorded
+
+from engram_lab.studies.report import write_study_report
+
+
+@pytest.mark.parametrize(
+    ("mode", "sentence"),
+    [("strict", "leaves the router out"), ("published", "leaves out the memory's projections")],
+)
+def test_what_the_mismatches_leave_out_follows_the_budgets_mode(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, sentence: str
+) -> None:
+    recipe = a_study(tiny, rho=[0, 0.5, 1]).override({"budget.mode": mode})
+    frame = recorded(recipe)
+    monkeypatch.setattr("scaling.mlflow_reader.read_study", lambda uri, name: frame)
+    page = write_study_report(recipe, tmp_path / "reports", say=lambda line: None)
+    assert sentence in page.with_suffix(".md").read_text()
