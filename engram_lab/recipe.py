@@ -163,8 +163,10 @@ def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
     """Solve the budget and compute the run's identity.
 
     The identity is a hash of what can change the loss: the solved network, optimizer, batch geometry,
-    tokens, seed, the text's and the hash's versions. Defaults are left out of it, so a field added later
-    orphans no run; where a run is executed and recorded is no part of it. A text that has not been read gives
+    tokens, seed, the text's and the hash's versions, and whether table rows train as records or as one dense
+    parameter (the balanced momentum is another rule there, and neither continues the other's checkpoints).
+    Defaults are left out of it, so a field added later orphans no run; where a run is executed and recorded,
+    which tier holds the records included, is no part of it. A text that has not been read gives
     the right network and an identity that no run has.
     """
     if recipe.model.vocab_size != corpus.vocab_size:
@@ -172,6 +174,8 @@ def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
     allocation = solve(recipe.model, recipe.budget, sequence_length=recipe.data.sequence_length)
     data = replace(recipe.data, evaluations=DataConfig.evaluations, num_workers=DataConfig.num_workers)
     formats = {name: getattr(recipe.memory, name) for name in ("rows", "state")}
+    engram = allocation.network.engram
+    by_record = recipe.memory.by_record and engram is not None and engram.n_heads > 0
     content = {
         "schema": SCHEMA_VERSION,
         "hash": HASH_VERSION,
@@ -182,6 +186,7 @@ def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
         "optimizer": _without_defaults(recipe.optimizer),
         "data": {k: v for k, v in _without_defaults(data).items() if k != "tokens"},
         **{f"memory.{name}": given for name, given in formats.items() if given != "float32"},
+        **({"memory.by_record": True} if by_record else {}),
         "trainer": {
             k: v for k, v in sorted(recipe.trainer.items()) if k not in EXECUTION_ONLY and v is not None
         },

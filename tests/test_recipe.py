@@ -82,6 +82,16 @@ def test_identity_is_that_of_the_solved_network(tiny: dict[str, Any]) -> None:
     assert identity(pure) == identity(without) != identity(tiny)
 
 
+def test_identity_says_how_rows_train_but_not_where_they_live(tiny: dict[str, Any]) -> None:
+    """The balanced momentum is another rule on records: a dense run must not be taken for one of them."""
+    host = {**tiny, "memory": {"tier": "host"}}
+    assert identity(host) != identity(tiny)
+    assert identity(host) == identity({**tiny, "memory": {"tier": "disk", "depth": 3}})
+    assert identity(host) == identity({**tiny, "memory": {"unique_rows": True}})
+    # No rows, no difference: the model without memory is one run whatever the tier.
+    assert identity({**host, "budget": {"rho": 1.0}}) == identity({**tiny, "budget": {"rho": 1.0}})
+
+
 @pytest.mark.parametrize(
     "change",
     [
