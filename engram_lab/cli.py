@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     budget.add_argument("--components", action="store_true", help="take each network apart, too")
     budget.add_argument("--published", action="store_true", help="count the published models instead")
 
+    runs = commands.add_parser("runs", help="list every run, in a study or on its own, and its loss")
+    runs.add_argument("--directory", type=Path, default=Path("mlruns"), help="default: mlruns")
+    runs.set_defaults(call=_runs)
+
     study = commands.add_parser("study", help="look at a study, or extend it").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -170,6 +174,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check the installation, the devices and the store")
     doctor.set_defaults(call=_doctor)
     return parser
+
+
+def _runs(parsed: argparse.Namespace) -> None:
+    from engram_lab.commands import list_runs
+
+    list_runs(parsed.directory)
 
 
 def _status(parsed: argparse.Namespace) -> None:

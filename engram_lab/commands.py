@@ -212,7 +212,10 @@ def _stored_recipe(name: str, directory: Path) -> Recipe:
     if not file.is_file():
         known = [f.parent.name for f in sorted((directory / "studies").glob("*/recipe.yaml"))]
         listed = f" Known: {', '.join(known)}." if known else ""
-        raise UserError(f"there is no study {name!r} in {str(directory)!r}.{nearest(name, known)}{listed}")
+        raise UserError(
+            f"there is no study {name!r} in {str(directory)!r}.{nearest(name, known)}{listed} "
+            "`engram-lab runs` lists the models trained on their own."
+        )
     return Recipe.from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
@@ -235,6 +238,24 @@ def status(name: str, directory: Path) -> None:
             counts["waiting"] += 1
     console.print(table)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def list_runs(directory: Path) -> None:
+    """Print every run in `directory`, those of studies included, the newest last."""
+    from engram_lab.listing import runs
+
+    found = runs(directory)
+    if not found:
+        raise UserError(f"there are no runs in {str(directory)!r}; engram-lab run RECIPE trains one.")
+    table = Table(Column("run", no_wrap=True), "name", "rho", "seed", "state", "loss", box=None)
+    for run in found:
+        state = "finished"
+        if run.loss is None:
+            state = "unfinished" + ("" if run.saved_step is None else f", saved at step {run.saved_step}")
+        rho = "" if run.rho is None else f"{run.rho:g}"
+        loss = "" if run.loss is None else f"{run.loss:.4f}"
+        table.add_row(run.identity, run.name, rho, str(run.seed), state, loss)
+    console.print(table, highlight=False)
 
 
 def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from engram_lab.cli import main
+from engram_lab.recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -145,7 +146,31 @@ def test_unknown_studies_are_named_with_the_known(
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("")
     for command in (["study", "status"], ["report"]):
-        assert "Did you mean 'quickstart'?" in refused(capsys, *command, "quickstrat")
+        told = refused(capsys, *command, "quickstrat")
+        assert "Did you mean 'quickstart'?" in told
+        assert "`engram-lab runs` lists the models trained on their own" in told
+
+
+def test_every_run_is_listed_with_its_state(
+    tiny: dict[str, Any], in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "there are no runs in 'mlruns'" in refused(capsys, "runs")
+    for place, (identity, seed) in enumerate({"c0ffee": 3, "abba": 0, "deed": 1}.items()):
+        folder = Path("mlruns") / "runs" / identity
+        (folder / "checkpoints").mkdir(parents=True)
+        recipe = yaml.safe_dump(Recipe.from_dict({**tiny, "seed": seed}).to_dict())
+        (folder / "recipe.yaml").write_text(recipe)
+        os.utime(folder / "recipe.yaml", (place, place))
+    Path("mlruns/runs/c0ffee/result.json").write_text('{"loss": 3.21}')
+    for step in (9, 12):
+        Path(f"mlruns/runs/abba/checkpoints/step={step}.ckpt").touch()
+    assert main(["runs"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [
+        ["c0ffee", "tiny", "0.5", "3", "finished", "3.2100"],
+        ["abba", "tiny", "0.5", "0", "unfinished,", "saved", "at", "step", "12"],
+        ["deed", "tiny", "0.5", "1", "unfinished"],
+    ]
 
 
 def test_dry_run_prints_every_cell_and_trains_none(
