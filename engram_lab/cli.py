@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engram_lab.errors import UserError
+from scaling.arguments import Parser
 
 DEFAULT_URI = "sqlite:///mlruns/mlflow.db"
 
@@ -45,8 +46,12 @@ def run_recipe(arguments: Sequence[str]) -> int:
     return run(Path(arguments[0]), list(arguments[1:]))
 
 
+class _Parser(Parser):
+    mistake = UserError
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="engram-lab",
         description="Allocation studies for sparse language models: experts against memory.",
     )

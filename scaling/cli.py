@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scaling.arguments import Parser
 from scaling.cli_design import add_design
 from scaling.cli_tables import runs, show, table_arguments, whole
 from scaling.errors import ScalingError
@@ -97,7 +98,11 @@ KINDS: Mapping[str, tuple[str, str, tuple[Option, ...]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0, or 2 after one sentence on what is wrong with the data or the options."""
-    given = parser().parse_args(arguments)
+    try:
+        given = parser().parse_args(arguments)
+    except ScalingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         given.run(given)
     except ScalingError as error:
@@ -120,9 +125,7 @@ def _options(given: argparse.Namespace) -> dict[str, str]:
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    top = argparse.ArgumentParser(
-        prog="scaling", description="Fit scaling laws, and say what a fit cannot say."
-    )
+    top = Parser(prog="scaling", description="Fit scaling laws, and say what a fit cannot say.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     fit = commands.add_parser("fit", help="fit a law to a table of runs")
     laws = fit.add_subparsers(required=True, metavar="LAW", dest="law")

@@ -67,6 +67,25 @@ def test_a_wrong_field_is_named_with_what_is_right(
     assert sentence in refused(capsys, "run", file, override)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("study staus", "'staus'; it must be one of status, extend. Did you mean 'status'?"),
+        ("stuy status quickstart", "Did you mean 'study'?"),
+        ("report quickstart --diretory=mlruns", "report takes no '--diretory'. Did you mean '--directory'?"),
+        ("generate a b --memory hst", "--memory is 'hst'; it must be one of resident, host, disk. Did you"),
+        ("generate a b --tokens many", "--tokens: invalid int value: 'many'"),
+        ("doctor all", "doctor takes no 'all'"),
+        ("study status", "study status --help"),
+        ("", "required: COMMAND"),
+    ],
+)
+def test_a_wrong_word_is_told_with_the_nearest(
+    in_tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, sentence: str
+) -> None:
+    assert sentence in refused(capsys, *words.split())
+
+
 def test_a_recipe_that_is_not_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean" in refused(capsys, "run", "tiny.yml")
 
