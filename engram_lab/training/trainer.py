@@ -44,7 +44,13 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class _Bar(RichProgressBar):
-    """Lightning's bar; a run is counted in steps, so that there are no epochs to number."""
+    """Lightning's bar, for a run that is one pass of a known number of steps: no epochs to number, and the
+    batches of a resumed run count from its beginning, where Lightning sets them against those that are left.
+    """
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training".ljust(len(self.validation_description))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import RichProgressBar
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
@@ -102,6 +103,35 @@ def test_stopped_at_any_step_and_resumed_it_ends_the_same(
     assert curves(recipe, "train/loss") == losses
     assert curves(recipe, "val/loss") == reference["validation"]
     assert status(recipe) == ("FINISHED", None)
+
+
+@pytest.mark.parametrize(("stop_at", "micro_batches"), [(8, 1), (23, 2)])
+def test_the_bar_of_a_resumed_run_counts_all_its_batches(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stop_at: int, micro_batches: int
+) -> None:
+    recipe = Recipe.from_dict(tiny).override({"trainer.accumulate_grad_batches": micro_batches})
+    seen: list[tuple[float, float | None]] = []
+    update = RichProgressBar._update
+
+    def spy(bar: RichProgressBar, task: Any, current: int, *rest: Any, **options: Any) -> None:
+        update(bar, task, current, *rest, **options)
+        if task is not None and task == bar.train_progress_bar_id:
+            seen.append((bar.train_progress_bar.completed, bar.train_progress_bar.total))
+
+    monkeypatch.setattr(RichProgressBar, "_update", spy)
+    stop = StopRequest()
+
+    def observer(progress: Progress) -> None:
+        if progress.step == stop_at:
+            stop.reason = "a test"
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, observer=observer, stop=stop)
+    before = len(seen)
+    train(recipe)
+    batches = 24 * micro_batches
+    assert {total for _, total in seen} == {batches}
+    assert [done for done, _ in seen[before:]] == list(range(stop_at * micro_batches + 1, batches + 1))
 
 
 def test_a_finished_run_is_reused(recipe: Recipe, tmp_path: Path, reference: dict[str, Any]) -> None:
