@@ -29,6 +29,10 @@ from scaling.report.html import to_html
 from scaling.report.numbers import short
 
 STEM = "cache-curve"
+ABOVE_SEEN = (
+    "Seen before: n-grams of the second half that occur in the first. Hit rates may lie above it: n-grams "
+    "share rows by hash, and the cache kept by recency goes on learning."
+)
 PAPER = EngramConfig(rows_per_head=2_262_400)
 """Where no recipe says otherwise, the table is as large as Engram-27B's (arXiv 2601.07372)."""
 
@@ -116,7 +120,12 @@ def _summary(study: CacheStudy) -> Table:
     rows = study.orders[0].table_rows
     grid = cache_sizes(rows)
     sizes = [int(grid[grid <= max(1, rows // part)][-1]) for part in (1000, 100, 10)]
-    table = Table(title=f"hit rate by frequency / by recency, table of {rows:,} rows a head", box=None)
+    table = Table(
+        title=f"hit rate by frequency / by recency, table of {rows:,} rows a head",
+        caption=ABOVE_SEEN,
+        caption_justify="left",
+        box=None,
+    )
     cached = [f"{short(size)} rows" for size in sizes]
     for column in ("order", *cached, "seen before", "Zipf s", "distinct"):
         table.add_column(column, justify="right")

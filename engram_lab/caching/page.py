@@ -40,7 +40,7 @@ def build(study: CacheStudy) -> Page:
     )
 
 
-def _unlimited(study: CacheStudy) -> Sequence[Facts | Pictures | Table]:
+def _unlimited(study: CacheStudy) -> Sequence[Facts | Paragraph | Pictures | Table]:
     seen = tuple(
         (f"{result.order}-grams seen before", f"{result.ngrams.seen:.1%}", "of the second half, in the first")
         for result in study.orders
@@ -55,6 +55,10 @@ def _unlimited(study: CacheStudy) -> Sequence[Facts | Pictures | Table]:
     )
     return (
         Facts(seen),
+        Paragraph(
+            "The share seen before bounds the cache kept by frequency; the one kept by recency also learns "
+            "n-grams that come twice in the second half, and may lie above it."
+        ),
         pictures,
         _table("Hit rate when every n-gram has a row", study, lambda result: result.ngrams),
     )
@@ -70,7 +74,9 @@ def _limited(study: CacheStudy) -> Sequence[Pictures | Table | Paragraph]:
         f"in a table of {short(study.orders[0].table_rows)} rows a head",
     )
     note = Paragraph(
-        "Rows are found by hash, so rare n-grams share rows: more look-ups hit than when each has its own."
+        "Rows are found by hash, so rare n-grams share rows: more look-ups hit than when each has its own, "
+        "and a hit rate may lie above the share of n-grams seen before, since a new n-gram hits where "
+        "another has read its row."
     )
     return (
         note,
@@ -101,7 +107,7 @@ def _both(
         lines = []
         for result in study.orders:
             found = rates(result)
-            shown = found.sizes >= SMALLEST
+            shown = _drawn(found)
             lines.append((f"{result.order}-grams", size(found)[shown], 100 * getattr(found, kind)[shown]))
         drawn.append(
             _picture(
@@ -117,6 +123,11 @@ def _both(
             )
         )
     return Pictures(tuple(drawn))
+
+
+def _drawn(rates: HitRates) -> np.ndarray:
+    """Return which cache sizes are drawn; of very few rows the largest one at least."""
+    return rates.sizes >= min(SMALLEST, int(rates.sizes[-1]))
 
 
 def _picture(
@@ -208,7 +219,7 @@ def _bandwidth(study: CacheStudy) -> Sequence[Paragraph | Pictures]:
     ):
         lines = []
         for result in study.orders:
-            shown = result.table.sizes >= SMALLEST
+            shown = _drawn(result.table)
             lines.append(
                 (
                     f"{result.order}-grams",

@@ -49,6 +49,24 @@ def test_the_page_needs_nothing_beside_it_and_its_pictures_are_svg(written: Path
         assert ElementTree.parse(file).getroot().tag.endswith("svg")
 
 
+def test_hit_rates_above_the_share_seen_before_are_explained_where_they_stand(
+    written: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shards,) = (path for path in (written / "cache").iterdir() if path.is_dir())
+    out = written / "small"
+    few = ["--orders", "5", "--rows-per-head", "50", "--tokens", "40000", "--out", str(out)]
+    assert main(["cache-curve", str(shards), *few]) == 0
+    (order,) = json.loads((out / "cache-curve.json").read_text())["orders"]
+    seen = order["ngrams"]["seen"]
+    assert max(order["table"]["static"]) > seen  # rows are shared
+    assert max(order["ngrams"]["static"]) == pytest.approx(seen)
+    assert max(order["ngrams"]["lru"]) > seen  # the cache by recency goes on learning
+    page = " ".join((out / "cache-curve.html").read_text().split())
+    assert "may lie above the share of n-grams seen before, since a new n-gram hits" in page
+    assert "bounds the cache kept by frequency" in page
+    assert "Hit rates may lie above it" in " ".join(capsys.readouterr().out.split())
+
+
 def test_token_shards_and_recipes_are_read_too(written: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shards,) = (path for path in (written / "cache").iterdir() if path.is_dir())
     again = [str(shards), *QUICK[:-2], "--out", str(written / "again")]
