@@ -41,11 +41,24 @@ class Routing(NamedTuple):
     order: Tensor  # [P]
     places: Tensor  # [P]
     tiles: Tensor  # [P // TILE + E, 4]
+    narrow: Tensor  # [E padded to 8, D], the router's weight in bfloat16
+
+
+@triton.jit(do_not_specialize=["given", "n"])
+def _split(
+    weight: tl.tensor, high: tl.tensor, low: tl.tensor, given: tl.tensor, n: tl.tensor, BLOCK: tl.constexpr
+) -> None:
+    """high + low = weight to 17 bits, both bfloat16; 0 beyond what is given."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = tl.load(weight + i, i < given, 0.0)
+    near = w.to(tl.bfloat16)
+    tl.store(high + i, near, i < n)
+    tl.store(low + i, (w - near.to(tl.float32)).to(tl.bfloat16), i < n)
 
 
 @triton.jit(do_not_specialize=["N", "E", "blocks"])
 def _choose(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, chosen: tl.tensor, weights: tl.tensor,
+    x: tl.tensor, high: tl.tensor, low: tl.tensor, bias: tl.tensor, chosen: tl.tensor, weights: tl.tensor,
     slopes: tl.tensor, ranks: tl.tensor, tallies: tl.tensor, N: tl.tensor, E: tl.tensor, blocks: tl.tensor,
     D: tl.constexpr, K: tl.constexpr, SOFTMAX: tl.constexpr, TOKENS: tl.constexpr, E_PADDED: tl.constexpr,
     K_PADDED: tl.constexpr, BK: tl.constexpr,
@@ -58,12 +71,9 @@ def _choose(
     logits = tl.zeros((TOKENS, E_PADDED), tl.float32)
     for first in range(0, D, BK):
         rows = tl.load(x + n[:, None].to(tl.int64) * D + first + k[None, :], (n < N)[:, None], 0.0)
-        w = tl.load(weight + e[:, None] * D + first + k[None, :], (e < E)[:, None], 0.0)
-        # Two bfloat16 numbers have 17 of the weight's bits, at the speed of the fast units.
-        high = w.to(tl.bfloat16)
-        low = (w - high.to(tl.float32)).to(tl.bfloat16)
-        logits = tl.dot(rows, tl.trans(high), logits)
-        logits = tl.dot(rows, tl.trans(low), logits)
+        part = e[:, None] * D + first + k[None, :]
+        logits = tl.dot(rows, tl.trans(tl.load(high + part, (e < E)[:, None], 0.0)), logits)
+        logits = tl.dot(rows, tl.trans(tl.load(low + part, (e < E)[:, None], 0.0)), logits)
     real = (e < E)[None, :]
     if SOFTMAX:
         logits = tl.where(real, logits, float("-inf"))
@@ -81,10 +91,11 @@ def _choose(
     for i in range(K):
         best = tl.max(open_, axis=1)
         number = tl.min(tl.where(open_ == best[:, None], e[None, :], E_PADDED), axis=1)
-        taken = e[None, :] == number[:, None]
-        parts = tl.where(slot == i, tl.sum(tl.where(taken, scores, 0.0), axis=1)[:, None], parts)
+        parts = tl.where(slot == i, best[:, None], parts)
         experts = tl.where(slot == i, number[:, None], experts)
-        open_ = tl.where(taken, float("-inf"), open_)
+        open_ = tl.where(e[None, :] == number[:, None], float("-inf"), open_)
+    # The scores themselves would fill the registers.
+    parts = tl.where(slot < K, parts - tl.load(bias + experts), 0.0)
     live = (n < N)[:, None] & (slot < K)
     place = n[:, None] * K + slot
     tl.store(chosen + place, experts, live)
@@ -203,32 +214,38 @@ def route(x: Tensor, weight: Tensor, bias: Tensor, K: int, softmax: bool) -> Rou
     order, places, tiles = numbers(P), numbers(P), numbers(P // TILE + E, 4)
     weights = torch.empty((N, K), dtype=torch.float32, device=x.device)
     slopes = torch.empty_like(weights)
+    narrow = x.new_empty(aligned(E), D)
+    rest, n = torch.empty_like(narrow), narrow.numel()
     with torch.cuda.device_of(x):
+        _split[(triton.cdiv(n, _ARRANGED),)](weight, narrow, rest, E * D, n, BLOCK=_ARRANGED, num_warps=1)
         _choose[(blocks,)](
-            x, weight, bias, chosen, weights, slopes, ranks, tallies, N, E, blocks, D=D, K=K, SOFTMAX=softmax,
-            TOKENS=tokens, E_PADDED=padded, K_PADDED=triton.next_power_of_2(K), BK=channels, num_warps=warps,
-            num_stages=2,
+            x, narrow, rest, bias, chosen, weights, slopes, ranks, tallies, N, E, blocks, D=D, K=K,
+            SOFTMAX=softmax, TOKENS=tokens, E_PADDED=padded, K_PADDED=triton.next_power_of_2(K), BK=channels,
+            num_warps=warps, num_stages=2,
         )  # fmt: skip
         _accumulate[(E,)](tallies, loads, blocks, BLOCK=1024, num_warps=4)
         _arrange[(triton.cdiv(P, _ARRANGED) + triton.cdiv(len(tiles), _ARRANGED),)](
             chosen, ranks, tallies, loads, ends, order, places, tiles, P, E, blocks, len(tiles),
             CHOICES=tokens * K, TILE=TILE, E_PADDED=padded, BLOCK=_ARRANGED, num_warps=4,
         )  # fmt: skip
-    return Routing(chosen, weights, slopes, loads, ends, order, places, tiles)
+    return Routing(chosen, weights, slopes, loads, ends, order, places, tiles, narrow)
 
 
 def route_backward(
     grad_share: Tensor,
     x: Tensor,
-    weight: Tensor,
     chosen: Tensor,
     weights: Tensor,
     slopes: Tensor,
     places: Tensor,
+    narrow: Tensor,
+    E: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and of weight, given that of every row's weight in parts [columns, P]."""
-    (N, K), E = chosen.shape, len(weight)
-    aligned = -(-E // 8) * 8  # whole 16 bytes, as the fast products need
+    """Return the gradients of x, and in float32 of the weight, given that of every row's weight.
+
+    The last comes in parts [columns, P]; the rest is what `route` returned.
+    """
+    (N, K), aligned = chosen.shape, len(narrow)
     grad = x.new_empty(N, aligned)
     with torch.cuda.device_of(x):
         _differentiate[(triton.cdiv(N, _DIFFERENTIATED),)](
@@ -236,9 +253,12 @@ def route_backward(
             TOKENS=_DIFFERENTIATED, E_PADDED=_padded(aligned), K_PADDED=triton.next_power_of_2(K),
             num_warps=4,
         )  # fmt: skip
-    narrow = x.new_zeros(aligned, x.shape[1])
-    narrow[:E] = weight
-    return grad @ narrow, torch.mm(grad.t(), x, out_dtype=torch.float32)[:E].to(weight.dtype)
+    return grad @ narrow, torch.mm(grad.t(), x, out_dtype=torch.float32)[:E]
+
+
+def aligned(experts: int) -> int:
+    """Return a number of columns that fill whole 16 bytes, as the fast products need."""
+    return -(-experts // 8) * 8
 
 
 def _padded(experts: int) -> int:
