@@ -185,8 +185,7 @@ class Step:
             self.run = network.loss
             self.optimizer = build_optimizer(network.named_parameters(), roles, config)
             if graph and device == "cuda":
-                self.captured = CapturedStep(network, network.loss)
-                self.optimizer.captures = True
+                self.captured = CapturedStep(network, network.loss, self.optimizer)
         self.parameters = list(self.model.parameters())
 
     def __call__(self) -> Tensor:

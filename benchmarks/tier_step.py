@@ -212,8 +212,7 @@ def measure(
     prepare(network, ExecutionConfig(), device)
     shape = (2, 16) if options.rehearse else (32, 1024) if name == "study" else (16, 1024)
 
-    captured = CapturedStep(network, network.loss) if device.type == "cuda" else None
-    optimizer.captures = captured is not None
+    captured = CapturedStep(network, network.loss, optimizer) if device.type == "cuda" else None
 
     def train(way: Way, batch: int) -> None:
         inputs = {"ids": way.batches.ids[batch], "targets": way.batches.targets[batch]}

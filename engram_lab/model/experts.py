@@ -192,26 +192,32 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.experts, d_model, 2 * config.expert_hidden))
         self.out = nn.Parameter(torch.empty(config.experts, config.expert_hidden, d_model))
         self.shared = SwiGLU(d_model, shared_width) if shared_width else None
+        # bfloat16 copies of gate_up and out, where a trainer keeps them equal (training/captured.py)
+        self.narrow: tuple[Tensor, Tensor] | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         """Map h [B, T, D] to [B, T, D]."""
-        if h.is_cuda and kernels is not None and kernels.fits(_precision(h), self.out.shape):
-            routed = self.fused(h)
-        else:
-            weights, chosen = self.router(h)
-            routed = self.routed(h.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)).view_as(h)
-        return routed if self.shared is None else routed + self.shared(h)
+        shared = None if self.shared is None else self.shared(h)
+        if h.is_cuda and self.has_kernels(_precision(h)):
+            return self.fused(h, shared)
+        weights, chosen = self.router(h)
+        routed = self.routed(h.flatten(0, -2), weights.flatten(0, -2), chosen.flatten(0, -2)).view_as(h)
+        return routed if shared is None else routed + shared
 
     def by_expert(self) -> tuple[Tensor, ...]:
         """Return the parameters and buffers whose first dimension is E."""
         return self.gate_up, self.out, self.router.weight, self.router.bias, self.router.counts
 
+    def has_kernels(self, dtype: torch.dtype) -> bool:
+        """Whether `fused` takes the layer, on a GPU, in `dtype`."""
+        return kernels is not None and kernels.fits(dtype, self.out.shape)
+
     def asks_the_host(self, dtype: torch.dtype) -> bool:
         """Whether in `dtype` a GPU's products wait until the host knows the loads."""
         return not all(stays_on_device(dtype, weight.shape) for weight in (self.gate_up, self.out))
 
-    def fused(self, h: Tensor) -> Tensor:
-        """Return what the router and `routed` make of h [B, T, D], in a GPU's kernels."""
+    def fused(self, h: Tensor, shared: Tensor | None) -> Tensor:
+        """Return what the router and `routed` make of h [B, T, D], plus `shared`, in a GPU's kernels."""
         router = self.router
         y, load, chosen = kernels.routed_experts(
             h.flatten(0, -2).to(_precision(h)),
@@ -221,6 +227,8 @@ class Experts(nn.Module):
             self.out,
             router.top_k,
             softmax=router.kind == "softmax",
+            narrow=self.narrow,
+            more=None if shared is None else shared.flatten(0, -2),
         )
         router.count(load)
         if router.training and router.penalised:

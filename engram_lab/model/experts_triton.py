@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engram_lab.errors import UserError
-from engram_lab.model.router_triton import MOST_EXPERTS, TILE, Routing, route, route_backward
+from engram_lab.model.router_triton import MOST_EXPERTS, TILE, Routing, aligned, route, route_backward
 
 _WIDE = 512
 """Width from which larger blocks and the library's grouped product win; see `_up_block`."""
@@ -250,18 +250,21 @@ def _sum_by_expert(
 
 
 _Results = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]  # fmt: skip
 
 
 @torch.library.custom_op("engram_lab::routed_experts", mutates_args=())
 def _routed_experts(
-    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, K: int, softmax: bool
-) -> _Results:
-    """Return the sums [N, D], what `route` does, and what else the backward pass needs."""
+    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, narrow_gate_up: Tensor,
+    narrow_out: Tensor, more: Tensor | None, K: int, softmax: bool,
+) -> _Results:  # fmt: skip
+    """Return the sums [N, D], `more` included, what `route` does, and what else the backward pass needs.
+
+    gate_up and out receive gradients; their bfloat16 copies are read.
+    """
     D, H = x.shape[1], out.shape[1]
     routing = route(x, router, bias, K, softmax)
-    narrow_gate_up, narrow_out = (torch.empty_like(w, dtype=x.dtype).copy_(w) for w in (gate_up, out))
     P, n_tiles = len(routing.order), len(routing.tiles)
     before, hidden = x.new_empty(P, 2 * H), x.new_empty(P, H)
     rows, bh, bk, warps, stages = _up_block(D, H, x.device)
@@ -271,14 +274,15 @@ def _routed_experts(
             TILE=TILE, ROWS=rows, BH=bh, BK=bk, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         rows_out = _multiply(hidden, narrow_out, routing.ends, routing.tiles, transposed=False)
-        y = _sum(rows_out, routing.places, K)
-    return y, *routing, narrow_gate_up, narrow_out, before, hidden
+        y = _sum(rows_out, routing.places, K, more)
+    return y, *routing, before, hidden
 
 
 @_routed_experts.register_fake
 def _(
-    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, K: int, softmax: bool
-) -> _Results:
+    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, narrow_gate_up: Tensor,
+    narrow_out: Tensor, more: Tensor | None, K: int, softmax: bool,
+) -> _Results:  # fmt: skip
     E, H, N = router.shape[0], out.shape[1], x.shape[0]  # `len` would fix the number
     P = N * K
 
@@ -294,13 +298,10 @@ def _(
         order=numbers(P),
         places=numbers(P),
         tiles=numbers(P // TILE + E, 4),
-    )
-    narrow_gate_up, narrow_out = (
-        torch.empty_like(gate_up, dtype=x.dtype),
-        torch.empty_like(out, dtype=x.dtype),
+        narrow=x.new_empty(aligned(E), x.shape[1]),
     )
     before, hidden = x.new_empty(P, 2 * H), x.new_empty(P, H)
-    return torch.empty_like(x), *routing, narrow_gate_up, narrow_out, before, hidden
+    return torch.empty_like(x), *routing, before, hidden
 
 
 @torch.library.custom_op("engram_lab::routed_experts_backward", mutates_args=())
@@ -316,10 +317,11 @@ def _routed_experts_backward(
     order: Tensor,
     places: Tensor,
     tiles: Tensor,
-    gate_up: Tensor,
-    out: Tensor,
+    narrow: Tensor,
     before: Tensor,
     hidden: Tensor,
+    gate_up: Tensor,
+    out: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, router, gate_up and out, the last two in `dtype`."""
@@ -339,42 +341,48 @@ def _routed_experts_backward(
         _sum_by_expert(hidden, grad, routing, grad_out, K, tokens_in_a=False)
         _sum_by_expert(x, grad_before, routing, grad_gate_up, K, tokens_in_a=True)
         grad_rows = _multiply(grad_before, gate_up, ends, tiles, transposed=True)
-        routed, grad_router = route_backward(grad_share, x, router, chosen, weights, slopes, places)
+        routed, grad_router = route_backward(
+            grad_share, x, chosen, weights, slopes, places, narrow, len(router)
+        )
         grad_x = _sum(grad_rows, places, K, routed)
     return grad_x, grad_router, grad_gate_up, grad_out
 
 
 @_routed_experts_backward.register_fake
 def _(grad: Tensor, x: Tensor, router: Tensor, *kept: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gate_up, out, dtype = kept[8], kept[9], kept[-1]
+    gate_up, out, dtype = kept[-3:]
     grad_gate_up, grad_out = torch.empty_like(gate_up, dtype=dtype), torch.empty_like(out, dtype=dtype)
     return torch.empty_like(x), torch.empty_like(router), grad_gate_up, grad_out
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _Results) -> None:
-    x, router, _, gate_up, *_ = inputs
-    ctx.save_for_backward(x, router, *output[1:])
+    x, router, _, gate_up, _, narrow_gate_up, narrow_out, more, *_ = inputs
+    ctx.save_for_backward(x, router, *output[1:], narrow_gate_up, narrow_out)
     ctx.set_materialize_grads(False)
-    ctx.dtype = gate_up.dtype
+    ctx.dtype, ctx.more = gate_up.dtype, more is not None
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     grads = _routed_experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.dtype)
     grad_x, grad_router, grad_gate_up, grad_out = grads
-    return grad_x, grad_router, None, grad_gate_up, grad_out, None, None
+    more = grad if ctx.more else None
+    return grad_x, grad_router, None, grad_gate_up, grad_out, None, None, more, None, None
 
 
 _routed_experts.register_autograd(_differentiate, setup_context=_save)
 
 
 def routed_experts(
-    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, K: int, *, softmax: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, router: Tensor, bias: Tensor, gate_up: Tensor, out: Tensor, K: int, *, softmax: bool,
+    narrow: tuple[Tensor, Tensor] | None = None, more: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return what each token of x [N, D] gets from its K experts [N, D], their loads [E], and the choice.
 
     x is bfloat16; the parameters router [E, D], gate_up [E, D, 2 H] and out [E, H, D] are float32 and get
     gradients in float32. The experts of the largest score + bias [E] are chosen, [N, K]; their weights are
-    the scores, sigmoids of the logits or their softmax, over their sum. Loads and choice are int32.
+    the scores, sigmoids of the logits or their softmax, over their sum. Loads and choice are int32. `narrow`
+    are bfloat16 copies of gate_up and out, made here where nobody keeps any; `more` [N, D] is added to what
+    tokens get before that is rounded.
 
     Raises UserError when there are so many tokens that places of values do not fit 32 bits either.
     """
@@ -384,7 +392,10 @@ def routed_experts(
             f"{tokens:,} tokens pass through the experts at once, and at most {most:,} of them can; lower "
             "data.batch_size, or raise trainer.accumulate_grad_batches."
         )
-    y, chosen, _, _, loads, *_ = _routed_experts(x.contiguous(), router, bias, gate_up, out, K, softmax)
+    narrow_gate_up, narrow_out = narrow or (w.detach().to(x.dtype) for w in (gate_up, out))
+    y, chosen, _, _, loads, *_ = _routed_experts(
+        x.contiguous(), router, bias, gate_up, out, narrow_gate_up, narrow_out, more, K, softmax
+    )
     return y, loads, chosen
 
 

@@ -187,7 +187,13 @@ class Transformer(nn.Module):
                 )
             else:
                 h = block(h, rope, e, mask, None if cache is None else cache.layers[layer])
-        return self.norm(h if self.config.streams == 1 else h.mean(dim=-2))
+        return self.finish(h)
+
+    def finish(self, h: Tensor) -> Tensor:
+        """Normalise what the last block returned, [B, T, D]; rounded to what autocast multiplies in."""
+        h = self.norm(h if self.config.streams == 1 else h.mean(dim=-2))
+        device = h.device.type
+        return h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
 
     def _recomputing(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return what surrounds a block's forward pass and its repetition, whose load does not count."""

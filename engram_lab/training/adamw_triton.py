@@ -23,7 +23,8 @@ _BLOCK, _WARPS = 2048, 8
 def _update(
     parameter: tl.tensor, grad: tl.tensor, average: tl.tensor, square: tl.tensor, step: tl.tensor,
     rate: tl.tensor, scale: tl.tensor, n: tl.tensor, decay: tl.tensor, gain1: tl.tensor, gain2: tl.tensor,
-    log_beta1: tl.tensor, log_beta2: tl.tensor, eps: tl.tensor, BLOCK: tl.constexpr,
+    log_beta1: tl.tensor, log_beta2: tl.tensor, eps: tl.tensor, narrow: tl.tensor, NARROW: tl.constexpr,
+    BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < n
@@ -39,6 +40,8 @@ def _update(
     v += (g * g - v) * gain2
     x -= lr / correction1 * m / (tl.sqrt(v) / correction2 + eps)
     tl.store(parameter + i, x, live)
+    if NARROW:
+        tl.store(narrow + i, x.to(narrow.dtype.element_ty), live)
     tl.store(average + i, m, live)
     tl.store(square + i, v, live)
 
@@ -65,17 +68,20 @@ def update(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    narrow: Tensor | None,
 ) -> None:
     """Update a parameter that `fits` by its gradient times `scale`, as `torch.optim.AdamW` does in float32.
 
     `state` holds the moments "exp_avg" and "exp_avg_sq", and in "step" the number of this step, from 1;
-    `rate` and `scale` are single numbers on the parameter's device.
+    `rate` and `scale` are single numbers on the parameter's device; `narrow`, if given, becomes a copy of the
+    parameter in its own dtype.
     """
     n = parameter.numel()
     with torch.cuda.device_of(parameter):
         _update[(triton.cdiv(n, _BLOCK),)](
             parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], rate, scale, n,
-            weight_decay, *(1 - beta for beta in betas), *(_log(beta) for beta in betas), eps, BLOCK=_BLOCK,
+            weight_decay, *(1 - beta for beta in betas), *(_log(beta) for beta in betas), eps,
+            parameter if narrow is None else narrow, NARROW=narrow is not None, BLOCK=_BLOCK,
             num_warps=_WARPS,
         )  # fmt: skip
 

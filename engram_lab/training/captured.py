@@ -1,7 +1,8 @@
 """A training step up to its gradients as one CUDA graph.
 
 A small network's kernels take the device less time than the host needs to launch them one by one, more so
-while other threads of the process gather table rows. Captured once, a step is one launch.
+while other threads of the process gather table rows. Captured once, a step is one launch. Its routed experts
+read bfloat16 copies of their matrices that the optimizer writes while it has them at hand.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from engram_lab.model.experts import Experts
 from engram_lab.model.graphs import captured
 from engram_lab.model.transformer import Transformer
+from engram_lab.training.optimizer import CompositeOptimizer
 
 
 class CapturedStep:
@@ -27,21 +30,28 @@ class CapturedStep:
         norm: of the parameters' gradients, after the first call; each call overwrites it.
 
     Args:
-        network: whose parameters get gradients.
+        network: whose parameters get gradients. Parameters may be changed by hand between two calls.
         loss: maps inputs, given by name, to the loss; called to be captured only. It may not wait for the
             device, and changes no state, the routers' loads aside, in a way that repeating would spoil.
+        optimizer: of the network; it is told to capture its update too.
     """
 
-    def __init__(self, network: Transformer, loss: Callable[..., Tensor]) -> None:
-        self.network, self._loss = network, loss
+    def __init__(
+        self, network: Transformer, loss: Callable[..., Tensor], optimizer: CompositeOptimizer
+    ) -> None:
+        self.network, self._loss, self._optimizer = network, loss, optimizer
+        optimizer.captures = True
         self.norm = self._output = torch.empty(0)
         self._replay: Callable[[], None] | None = None
         self._inputs: dict[str, Tensor] = {}
+        self._versions: list[int] = []  # of the parameters that are copied
 
     def __call__(self, **inputs: Tensor) -> Tensor:
         """Return the loss, no part of an autograd graph; inputs that require a gradient receive theirs."""
         if self._replay is None:
+            self._keep_copies()
             self._replay = self._capture(inputs)
+        self._renew_copies()
         for name, here in self._inputs.items():
             here.detach().copy_(inputs[name].detach(), non_blocking=True)
         self._replay()
@@ -49,6 +59,39 @@ class CapturedStep:
             if here.requires_grad:
                 inputs[name].backward(here.grad)
         return self._output
+
+    def release(self) -> None:
+        """Let go of what was captured, of the gradients and of the copies; there is no call after it."""
+        self._replay = None
+        self._optimizer.copies.clear()
+        for layer in self._experts():
+            layer.narrow = None
+        self.network.zero_grad()
+
+    def _experts(self) -> list[Experts]:
+        return [block.ffn for block in self.network.blocks if isinstance(block.ffn, Experts)]
+
+    def _keep_copies(self) -> None:
+        """Give routed experts the copies, where they multiply in bfloat16."""
+        device = next(self.network.parameters()).device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            for layer in self._experts():
+                if layer.has_kernels(torch.bfloat16):
+                    copies = layer.gate_up.detach().bfloat16(), layer.out.detach().bfloat16()
+                    for parameter, copy in zip((layer.gate_up, layer.out), copies, strict=True):
+                        torch._dynamo.maybe_mark_dynamic(copy, 0)  # as the parameter is (execution.prepare)
+                        self._optimizer.copies[parameter] = copy
+                    layer.narrow = copies
+
+    def _renew_copies(self) -> None:
+        """Copy again what others than the captured update have changed, say a loaded state."""
+        copies = self._optimizer.copies
+        versions = [parameter._version for parameter in copies]
+        if versions != self._versions:
+            with torch.no_grad():
+                for parameter, copy in copies.items():
+                    copy.copy_(parameter)
+            self._versions = versions
 
     def _capture(self, inputs: dict[str, Tensor]) -> Callable[[], None]:
         self._inputs = {

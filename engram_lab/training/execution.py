@@ -49,7 +49,7 @@ def prepare(network: Transformer, config: ExecutionConfig, device: torch.device)
     torch._dynamo.config.recompile_limit = max(128, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.optimize_ddp = False  # blocks are smaller than what it would cut
-    network.norm.compile(dynamic=False)
+    network.finish = torch.compile(network.finish, dynamic=False)  # type: ignore[method-assign]
     for block in network.blocks:
         assert isinstance(block, Block)
         if device.type == "cuda" and isinstance(block.ffn, Experts):

@@ -110,8 +110,7 @@ class EngramModule(LightningModule):
     def on_train_start(self) -> None:
         """Capture the step where that can be, and tell the optimizer that gradients stay where they are."""
         if self._can_be_captured():
-            self._captured = CapturedStep(self.net, self._loss)
-        self._optimizer.captures = self._captured is not None
+            self._captured = CapturedStep(self.net, self._loss, self._optimizer)
 
     def _can_be_captured(self) -> bool:
         """Whether one GPU takes a step with every batch and nothing in it waits for that GPU."""
@@ -130,8 +129,8 @@ class EngramModule(LightningModule):
     def on_fit_end(self) -> None:
         """Give the graph's memory back, gradients included."""
         if self._captured is not None:
+            self._captured.release()
             self._captured = None
-            self.net.zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean next-token cross-entropy of the micro-batch, in nats."""

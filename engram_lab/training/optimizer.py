@@ -149,12 +149,14 @@ class CompositeOptimizer(torch.optim.Optimizer):
             where they are.
         gradient_scale: a number on the parameters' device, set by `clip`, that multiplies all gradients
             before they are used; None leaves them. `grad` holds them with or without it afterwards.
+        copies: by parameter, tensors of its shape that every step makes equal to it, in their own dtype.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(list(groups), {})
         self.captures = False
         self.gradient_scale: Tensor | None = None
+        self.copies: dict[Tensor, Tensor] = {}
         self._rates: list[Tensor] = []  # of the groups, where a graph reads them
         self._written: list[float] = []  # what they hold
         self._replay: Callable[[], None] | None = None
@@ -204,6 +206,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update(self, rates: Sequence[float | Tensor]) -> None:
+        copied: set[Tensor] = set()
         for group, rate in zip(self.param_groups, rates, strict=True):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -217,7 +220,10 @@ class CompositeOptimizer(torch.optim.Optimizer):
             elif group["rule"] == "adagrad":
                 self._adagrad(group, parameters, rate)
             else:
-                self._adamw(group, parameters, rate)
+                copied.update(self._adamw(group, parameters, rate))
+        left = [p for p in self.copies if p not in copied]
+        if left:
+            torch._foreach_copy_([self.copies[p] for p in left], left)
 
     def _muon(self, group: dict[str, Any], parameters: list[Tensor], rate: float | Tensor) -> None:
         muon_step(
@@ -256,7 +262,8 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
         return [self.state[p]["momentum"] for p in parameters]
 
-    def _adamw(self, group: dict[str, Any], parameters: list[Tensor], rate: float | Tensor) -> None:
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor], rate: float | Tensor) -> list[Tensor]:
+        """Return the parameters that have been copied too."""
         states = [self.state[p] for p in parameters]
         for p, state in zip(parameters, states, strict=True):
             if not state:
@@ -265,6 +272,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
         scale = self.gradient_scale if _scales(group) else None
+        large: list[Tensor] = []
         if kernels is not None and scale is not None and isinstance(rate, Tensor):
             large = [p for p in parameters if kernels.fits(p)]
             self._adamw_large(group, large, rate, scale)
@@ -288,6 +296,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        return large
 
     def _adamw_large(
         self, group: dict[str, Any], parameters: list[Tensor], rate: Tensor, scale: Tensor
@@ -303,6 +312,7 @@ class CompositeOptimizer(torch.optim.Optimizer):
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
+                narrow=self.copies.get(p),
             )
 
 

@@ -87,14 +87,21 @@ def test_of_equal_scores_the_first_experts_are_chosen_and_broken_numbers_stay_in
 @pytest.mark.parametrize(("N", "K", "E", "D", "H"), SIZES)
 def test_routed_experts_equal_a_loop(N, K, E, D, H, softmax):
     x, weight, bias, gate_up, out = parts(N, K, E, D, H, softmax)
-    inputs = x, weight, gate_up, out = tuple(t.requires_grad_() for t in (x, weight, gate_up, out))
-    y, loads, chosen = experts.kernels.routed_experts(x, weight, bias, gate_up, out, K, softmax=softmax)
+    more = torch.randn(N, D, device="cuda").bfloat16()
+    inputs = x, weight, gate_up, out, more = tuple(
+        t.requires_grad_() for t in (x, weight, gate_up, out, more)
+    )
+
+    def routed():
+        return experts.kernels.routed_experts(x, weight, bias, gate_up, out, K, softmax=softmax, more=more)
+
+    y, loads, chosen = routed()
     assert torch.equal(loads.long(), torch.bincount(chosen.flatten(), minlength=E))
     logits = x.float() @ weight.t()
     scores = logits.softmax(-1) if softmax else logits.sigmoid()
     weights = scores.gather(1, chosen.long())
     weights = weights / weights.sum(dim=1, keepdim=True)
-    expected = torch.zeros(N, D, device="cuda")
+    expected = more.float()
     for k in range(K):
         for e in chosen[:, k].unique().tolist():
             n = (chosen[:, k] == e).nonzero().squeeze(1)
@@ -104,13 +111,10 @@ def test_routed_experts_equal_a_loop(N, K, E, D, H, softmax):
     assert off(y, expected) < 1e-2
     got = torch.autograd.grad((y * pull).sum(), inputs)
     wanted = torch.autograd.grad((expected * pull.float()).sum(), inputs)
-    assert [g.dtype for g in got] == [torch.bfloat16] + 3 * [torch.float32]
+    assert [g.dtype for g in got] == [torch.bfloat16, *3 * [torch.float32], torch.bfloat16]
     for a, b in zip(got, wanted, strict=True):  # one choice weighs 1 whatever the router says
         assert off(a, b) < 1e-2 if b.norm() > 1e-3 else a.norm() < 1e-3
-    again = torch.autograd.grad(
-        (experts.kernels.routed_experts(x, weight, bias, gate_up, out, K, softmax=softmax)[0] * pull).sum(),
-        inputs,
-    )
+    again = torch.autograd.grad((routed()[0] * pull).sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 

@@ -22,6 +22,7 @@ from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
 from engram_lab.training.captured import CapturedStep
 from engram_lab.training.execution import ExecutionConfig, prepare
+from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 
 FFN = FeedForwardConfig(experts=4, top_k=2, expert_hidden=32)
 
@@ -91,7 +92,8 @@ def test_a_captured_step_leaves_losses_gradients_and_balance_of_a_launched_one()
     net = copy.deepcopy(launched)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 32, generator=generator, dtype=torch.float64)
-    captured = CapturedStep(net, net.loss)
+    optimizer = build_optimizer(net.named_parameters(), net.parameter_roles(), OptimizerConfig())
+    captured = CapturedStep(net, net.loss, optimizer)
     for _ in range(3):
         ids = torch.randint(64, (2, 16), generator=generator)
         leaves = [rows.clone().requires_grad_() for _ in range(2)]
@@ -111,3 +113,37 @@ def test_a_captured_step_leaves_losses_gradients_and_balance_of_a_launched_one()
             assert torch.equal(ours.bias, theirs.bias)
             assert ours.bias.abs().sum() > 0
             assert torch.equal(ours.counts, theirs.counts)
+
+
+def test_copies_that_experts_read_follow_their_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network()
+    initialise(net, 0)
+    layers = [block.ffn for block in net.blocks if isinstance(block.ffn, Experts)]
+    monkeypatch.setattr(Experts, "has_kernels", lambda layer, dtype: dtype == torch.bfloat16)
+    optimizer = build_optimizer(net.named_parameters(), net.parameter_roles(), OptimizerConfig())
+    captured = CapturedStep(net, net.loss, optimizer)
+
+    def step() -> None:
+        ids = torch.randint(64, (2, 16))
+        with torch.autocast("cpu", torch.bfloat16):
+            captured(ids=ids, targets=ids)
+        optimizer.clip(1.0, own=captured.norm)
+
+    def follow() -> None:
+        for layer in layers:
+            assert layer.narrow is not None
+            for copied, matrix in zip(layer.narrow, (layer.gate_up, layer.out), strict=True):
+                assert torch.equal(copied, matrix.bfloat16())
+
+    for _ in range(3):
+        step()
+        before = layers[0].gate_up.detach().clone()
+        optimizer.step()
+        assert not torch.equal(before, layers[0].gate_up)
+        follow()
+    net.load_state_dict({name: 0.5 * value for name, value in net.state_dict().items()})
+    step()
+    follow()
+    captured.release()
+    assert all(layer.narrow is None and layer.out.grad is None for layer in layers)
+    assert not optimizer.copies

@@ -49,8 +49,7 @@ class Training:
         prepare(net, ExecutionConfig(compile=compiled), torch.device(device))
         self.net, self.device = net, device
         self.optimizer = build_optimizer(net.named_parameters(), net.parameter_roles(), OptimizerConfig())
-        self.optimizer.captures = captured
-        self.captured = CapturedStep(net, net.loss) if captured else None
+        self.captured = CapturedStep(net, net.loss, self.optimizer) if captured else None
         self.run: Callable[..., Tensor] = self.captured or net.loss
 
     def __call__(self, rate: float, **inputs: Tensor) -> Tensor:

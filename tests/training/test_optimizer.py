@@ -116,6 +116,7 @@ def test_rates_that_a_graph_reads_equal_those_the_host_gives(matrices: Any, tabl
     ours, theirs = Net(), Net()
     optimizer, reference = (build_optimizer(n.named_parameters(), ROLES, config) for n in (ours, theirs))
     optimizer.captures = True
+    optimizer.copies = {p: torch.empty_like(p, dtype=torch.bfloat16) for p in ours.parameters()}
     for number, ids in enumerate(batches(6)):
         for net, its in ((ours, optimizer), (theirs, reference)):
             for place, group in enumerate(its.param_groups):
@@ -126,6 +127,7 @@ def test_rates_that_a_graph_reads_equal_those_the_host_gives(matrices: Any, tabl
             its.step()
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+            assert torch.equal(optimizer.copies[a], a.bfloat16())
             a.data.copy_(b)  # Muon's iteration in bfloat16 shows the last bit of what it starts from
 
 

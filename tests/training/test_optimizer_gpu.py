@@ -64,10 +64,12 @@ def test_a_captured_update_equals_torchs_and_either_goes_on_where_the_other_stop
     first = {name: p.detach().clone() for name, p in ours.named_parameters()}
     captured, launched = start(ours, True), start(theirs, False)
     for steps in (range(4), range(4, 8)):
+        captured.copies = {p: torch.empty_like(p, dtype=torch.bfloat16) for p in ours.parameters()}
         update(ours, captured, steps)
         update(theirs, launched, steps)
         for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             equal(a, b, name)
+            assert torch.equal(captured.copies[a], a.bfloat16())
             assert (a - first[name]).abs().mean() > 1e-4  # has moved
             for key, value in captured.state[a].items():
                 equal(value, launched.state[b][key], f"{name}, {key}")
