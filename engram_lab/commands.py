@@ -260,7 +260,7 @@ def list_runs(directory: Path) -> None:
 
 def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> None:
     """Add cells to a study: those given as `RHO:SEED`, or else the `count` shares that would say most."""
-    from engram_lab.studies.extension import ExtraCell, extend, propose, settle
+    from engram_lab.studies.extension import ExtraCell, extend, propose, read_extension, settle
 
     recipe = _stored_recipe(name, directory)
     try:
@@ -271,10 +271,11 @@ def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> No
         ) from None
     if any(not 0 <= cell.rho <= 1 or cell.seed < 0 for cell in chosen):
         raise UserError(f"--cells is {' '.join(cells)!r}; a share lies between 0 and 1, a seed is 0 or more.")
-    new, there = settle(recipe, chosen or propose(recipe, count))
+    folder = study_directory(recipe)
+    new, there = settle(recipe, chosen or propose(recipe, count), read_extension(folder))
     for cell in there:
         console.print(f"there already: rho {cell.rho:g} seed {cell.seed}", highlight=False)
-    added = extend(study_directory(recipe), new)
+    added = extend(folder, new)
     for cell in added:
         console.print(f"added rho {cell.rho:g} seed {cell.seed}", highlight=False)
     if added:

@@ -54,22 +54,30 @@ def only_budget(recipe: Recipe) -> tuple[str, Recipe]:
     return name, recipe.override(fields)
 
 
-def settle(recipe: Recipe, cells: Iterable[ExtraCell]) -> tuple[tuple[ExtraCell, ...], tuple[ExtraCell, ...]]:
-    """Return the cells that are new to the study, and those that come out as cells of its recipe.
+def settle(
+    recipe: Recipe, cells: Iterable[ExtraCell], before: Iterable[ExtraCell] = ()
+) -> tuple[tuple[ExtraCell, ...], tuple[ExtraCell, ...]]:
+    """Return the cells that are new to the study, and those that it has: of its recipe or added `before`.
 
-    A share stands for the whole number of experts it rounds to; one that rounds as a share of the recipe does
-    is called by that one.
+    A share stands for the whole number of experts it rounds to, and is called as the study already calls it.
 
     Raises:
         UserError: a cell that cannot be built, or a study of several budgets.
     """
     study, recipe = recipe.study, only_budget(recipe)[1]
     assert study is not None
-    own = {_experts(recipe, rho): rho for rho in study.rho}
-    settled = [replace(cell, rho=own.get(_experts(recipe, cell.rho), cell.rho)) for cell in cells]
-    there = [cell.rho in study.rho and cell.seed in study.seeds for cell in settled]
-    new = tuple(cell for cell, known in zip(settled, there, strict=True) if not known)
-    return new, tuple(cell for cell, known in zip(settled, there, strict=True) if known)
+    before = tuple(before)
+    called: dict[int, float] = {}
+    for rho in (*study.rho, *(cell.rho for cell in before)):
+        called.setdefault(_experts(recipe, rho), rho)
+    known = {*before, *(ExtraCell(rho=rho, seed=seed) for rho in study.rho for seed in study.seeds)}
+    new: list[ExtraCell] = []
+    there: list[ExtraCell] = []
+    for cell in cells:
+        named = replace(cell, rho=called.setdefault(_experts(recipe, cell.rho), cell.rho))
+        (there if named in known else new).append(named)
+        known.add(named)
+    return tuple(new), tuple(there)
 
 
 def propose(recipe: Recipe, count: int) -> tuple[ExtraCell, ...]:

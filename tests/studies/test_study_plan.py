@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,10 @@ def test_shares_that_round_to_a_cell_of_the_recipe_are_that_cell(tiny: dict[str,
     new, there = settle(recipe, asked)
     assert new == (ExtraCell(rho=1.0, seed=2), ExtraCell(rho=0.9, seed=0))
     assert there == (ExtraCell(rho=1.0, seed=0),)
+    # One that was added before, by the name it got then, and one that is asked for twice.
+    new, there = settle(recipe, [replace(asked[2], rho=0.88), asked[1], asked[1]], [asked[2]])
+    assert new == (ExtraCell(rho=1.0, seed=2),)
+    assert there == (asked[2], ExtraCell(rho=1.0, seed=2))
 
 
 def test_cells_are_added_to_the_only_budget_of_a_study(tiny: dict[str, Any]) -> None:
