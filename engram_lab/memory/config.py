@@ -16,8 +16,9 @@ TrainedStorage = Literal["float32", "bfloat16"]
 class MemoryConfig:
     """Where table rows live while a network trains or generates, and in which format they are trained.
 
-    Only `rows` and `state` can change a run's losses; the rest is not part of its identity. How rows are
-    read is engram.row_storage; their rule is optimizer.table_optimizer.
+    A run's losses, and so its identity, depend on `rows`, on `state`, and on whether its rows train as
+    records or as one dense parameter; on nothing else here. How rows are read is engram.row_storage; their
+    rule is optimizer.table_optimizer.
 
     Attributes:
         tier: "resident" on the device, "host" in the host's memory, "disk" in a file, "sharded" over ranks.

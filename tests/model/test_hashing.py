@@ -143,10 +143,12 @@ def test_decoding_with_history_equals_one_pass(config, batch, control, cut, kept
 @given(config=configs, batch=batches(), padding=st.integers(1, 6))
 def test_padding_on_the_left_changes_nothing(config, batch, padding):
     vocabulary, ids, canonical, eos = batch
-    rule = NgramHash.build(config, np.array(canonical), vocabulary, eos)
     ids = np.array(ids)
-    padded = np.pad(ids, ((0, 0), (padding, 0)), constant_values=eos)
-    assert (rule.addresses(padded)[:, :, padding:] == rule.addresses(ids)).all()
+    for pad_id in (None, (eos + 1) % vocabulary):
+        rule = NgramHash.build(config, np.array(canonical), vocabulary, eos, pad_id=pad_id)
+        pad = eos if pad_id is None else pad_id
+        padded = np.pad(ids, ((0, 0), (padding, 0)), constant_values=pad)
+        assert (rule.addresses(padded)[:, :, padding:] == rule.addresses(ids)).all()
 
 
 @settings(max_examples=60, deadline=None)
