@@ -1,8 +1,9 @@
 """A training step up to its gradients as one CUDA graph.
 
 A small network's kernels take the device less time than the host needs to launch them one by one, more so
-while other threads of the process gather table rows. Captured once, a step is one launch. Its routed experts
-read bfloat16 copies of their matrices that the optimizer writes while it has them at hand.
+while other threads of the process gather table rows. Captured once, a step is one launch, or two with the
+exchange of gradients between them where processes train together. Its routed experts read bfloat16 copies of
+their matrices that the optimizer writes while it has them at hand.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -27,22 +29,32 @@ class CapturedStep:
     not depend on them must be on the device already.
 
     Attributes:
-        norm: of the parameters' gradients, after the first call; each call overwrites it.
+        norm: of the parameters' gradients, over all processes, after the first call; each call overwrites it.
 
     Args:
         network: whose parameters get gradients. Parameters may be changed by hand between two calls.
         loss: maps inputs, given by name, to the loss; called to be captured only. It may not wait for the
             device, and changes no state, the routers' loads aside, in a way that repeating would spoil.
         optimizer: of the network; it is told to capture its update too.
+        processes: that train together, in torch's default group; each gives a loss of its own, all get the
+            mean of the gradients. Nobody else may exchange them.
     """
 
     def __init__(
-        self, network: Transformer, loss: Callable[..., Tensor], optimizer: CompositeOptimizer
+        self,
+        network: Transformer,
+        loss: Callable[..., Tensor],
+        optimizer: CompositeOptimizer,
+        *,
+        processes: int = 1,
     ) -> None:
+        self.processes = processes
         self.network, self._loss, self._optimizer = network, loss, optimizer
         optimizer.captures = True
         self.norm = self._output = torch.empty(0)
         self._replay: Callable[[], None] | None = None
+        self._conclude: Callable[[], None] | None = None  # what follows the exchange
+        self._gradients = torch.empty(0)  # all of them in one tensor, to be exchanged
         self._inputs: dict[str, Tensor] = {}
         self._versions: list[int] = []  # of the parameters that are copied
 
@@ -55,6 +67,9 @@ class CapturedStep:
         for name, here in self._inputs.items():
             here.detach().copy_(inputs[name].detach(), non_blocking=True)
         self._replay()
+        if self._conclude is not None:
+            self._exchange()
+            self._conclude()
         for name, here in self._inputs.items():
             if here.requires_grad:
                 inputs[name].backward(here.grad)
@@ -62,7 +77,8 @@ class CapturedStep:
 
     def release(self) -> None:
         """Let go of what was captured, of the gradients and of the copies; there is no call after it."""
-        self._replay = None
+        self._replay = self._conclude = None
+        self._gradients = torch.empty(0)
         self._optimizer.copies.clear()
         for layer in self._experts():
             layer.narrow = None
@@ -100,12 +116,21 @@ class CapturedStep:
         routers = self.network.routers()
         state = [router.counts for router in routers] + [router.bias for router in routers]
         before = [tensor.clone() for tensor in state]
-        replay = captured(self._compute, inputs["ids"].device)
+        device, alone = inputs["ids"].device, self.processes == 1
+        then = self._finish if alone else self._join
+
+        def compute() -> None:
+            self._differentiate()
+            then()
+
+        replay = captured(compute, device)
+        if not alone:
+            self._conclude = captured(self._finish, device)
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
         return replay
 
-    def _compute(self) -> None:
+    def _differentiate(self) -> None:
         # Gradients made while capturing live in the graph's memory, and every replay writes them.
         for tensor in (*self.network.parameters(), *self._inputs.values()):
             tensor.grad = None
@@ -118,5 +143,24 @@ class CapturedStep:
         with torch.autocast(device, enabled=False):
             loss.backward()
         self._output = loss.detach()
+
+    def _join(self) -> None:
+        """Put the gradients into one tensor."""
+        trained = [p for p in self.network.parameters() if p.grad is not None]
+        self._gradients = torch.cat([p.grad.flatten() for p in trained])  # type: ignore[union-attr]
+        parts = self._gradients.split([p.numel() for p in trained])
+        for parameter, part in zip(trained, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _exchange(self) -> None:
+        if dist.get_backend() == "nccl":
+            dist.all_reduce(self._gradients, op=dist.ReduceOp.AVG)
+        else:
+            dist.all_reduce(self._gradients)
+            self._gradients /= self.processes
+        for counts in self.network.router_counts():
+            dist.all_reduce(counts)
+
+    def _finish(self) -> None:
         self.norm = get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         self.network.update_router_bias()

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import MeanMetric
 
 from engram_lab.model.experts import Experts
@@ -110,17 +111,23 @@ class EngramModule(LightningModule):
     def on_train_start(self) -> None:
         """Capture the step where that can be, and tell the optimizer that gradients stay where they are."""
         if self._can_be_captured():
-            self._captured = CapturedStep(self.net, self._loss, self._optimizer)
+            processes = self.trainer.world_size
+            self._captured = CapturedStep(self.net, self._loss, self._optimizer, processes=processes)
+            if processes > 1:
+                wrapper = self.trainer.strategy.model
+                assert isinstance(wrapper, DistributedDataParallel)
+                wrapper.require_backward_grad_sync = False  # the captured step exchanges the gradients
 
     def _can_be_captured(self) -> bool:
-        """Whether one GPU takes a step with every batch and nothing in it waits for that GPU."""
+        """Whether GPUs take a step with every batch, each all of it, and nothing in it waits for them."""
         trainer = self.trainer
+        strategy = type(trainer.strategy)  # those derived from it may exchange or hold parameters otherwise
         dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
         experts = [block.ffn for block in self.net.blocks if isinstance(block.ffn, Experts)]
         return (
             self.device.type == "cuda"
             and self.execution.compiles(self.device)
-            and isinstance(trainer.strategy, SingleDeviceStrategy)  # no gradients are sent meanwhile
+            and strategy in (SingleDeviceStrategy, DDPStrategy)
             and trainer.accumulate_grad_batches == 1
             and not torch.is_anomaly_enabled()  # which looks at every gradient
             and not any(layer.asks_the_host(dtype) for layer in experts)

@@ -6,11 +6,14 @@ The capture itself is tested on a GPU (test_captured_parity.py).
 from __future__ import annotations
 
 import copy
+import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from engram_lab.model import experts
@@ -147,3 +150,64 @@ def test_copies_that_experts_read_follow_their_matrices(monkeypatch: pytest.Monk
     captured.release()
     assert all(layer.narrow is None and layer.out.grad is None for layer in layers)
     assert not optimizer.copies
+
+
+class Wrapped(nn.Module):
+    """What Lightning gives to DistributedDataParallel: its forward pass takes the captured step."""
+
+    def __init__(self, net: Transformer, captured: CapturedStep) -> None:
+        super().__init__()
+        self.net, self.captured = net, captured
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.captured(ids=ids, targets=ids.roll(1, 1))
+
+
+def steps(net: Transformer, rank: int, ranks: int) -> dict[str, Any]:
+    """Train on a rank's share of every batch; returns losses, norms and what became of the network."""
+    optimizer = build_optimizer(net.named_parameters(), net.parameter_roles(), OptimizerConfig())
+    captured = CapturedStep(net, net.loss, optimizer, processes=ranks)
+    wrapped: nn.Module = Wrapped(net, captured)
+    if ranks > 1:
+        wrapped = nn.parallel.DistributedDataParallel(wrapped)
+        wrapped.require_backward_grad_sync = False
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {"losses": [], "norms": []}
+    for _ in range(4):
+        ids = torch.randint(64, (4, 16), generator=generator).chunk(ranks)[rank]
+        found["losses"].append(wrapped(ids).clone())
+        found["norms"].append(optimizer.clip(0.1, own=captured.norm).clone())
+        optimizer.step()
+    return found | {"net": net.state_dict()}
+
+
+def beginner() -> Transformer:
+    net = network().double()
+    initialise(net, 0)
+    return net
+
+
+def share_of_a_rank(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    torch.save(steps(beginner(), rank, ranks), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_that_capture_train_together(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=share_of_a_rank, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    alone = steps(beginner(), 0, 1)
+    for process in processes:
+        process.join(120)
+        process.kill()
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for number, loss in enumerate(alone["losses"]):
+        torch.testing.assert_close((both[0]["losses"][number] + both[1]["losses"][number]) / 2, loss)
+        assert both[0]["norms"][number] == both[1]["norms"][number]
+        torch.testing.assert_close(both[0]["norms"][number], alone["norms"][number])
+    for name, value in alone["net"].items():
+        torch.testing.assert_close(both[0]["net"][name], value)
+        assert torch.equal(both[0]["net"][name], both[1]["net"][name])
