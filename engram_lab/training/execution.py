@@ -20,9 +20,9 @@ class ExecutionConfig:
     """Choices of execution; no part of a run's identity, since they change a loss by rounding only.
 
     Args:
-        compile: compile the blocks, and replay forward and backward pass as one CUDA graph where one GPU
-            trains without accumulating and no layer waits for it (training/captured.py); null does so on a
-            GPU. A CPU gains nothing.
+        compile: compile the blocks, and replay forward and backward pass as a CUDA graph where GPUs, each
+            with all parameters, train without accumulating and no layer waits for them
+            (training/captured.py); null does so on a GPU. A CPU gains nothing.
         activation_checkpointing: keep only what enters a block and compute the rest again in the backward
             pass: a third more work for a fraction of the activations' memory.
     """
