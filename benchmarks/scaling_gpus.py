@@ -7,9 +7,10 @@
 
 Scaling efficiency is the speed of n devices over n times that of one. One device replays its step as a CUDA
 graph, several under DDP as two with the exchange of gradients between them; with sharded parameters they
-launch theirs from the host: what that costs is part of the efficiency. The first half of the steps compiles and warms up; the other is timed in blocks, whose median counts. Every call adds an entry to
-the JSON file. Weights are drawn on the device, as `step_gpu.py` draws them: the host would take longer for
-those of a run than the steps take.
+launch theirs from the host: what that costs is part of the efficiency. The first half of the steps compiles
+and warms up; the other is timed in blocks, whose median counts. Every call adds an entry to the JSON file.
+Weights are drawn on the device, as `step_gpu.py` draws them: the host would take longer for those of a run
+than the steps take.
 """
 
 from __future__ import annotations
