@@ -61,6 +61,29 @@ def test_tiers_are_equal_bit_for_bit(tiny: dict[str, Any], tmp_path: Path, rule:
         assert torch.equal(saved(ids), expected(ids))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("rule", "matrices"), [("adam", "adamw"), ("adagrad", "adamw"), ("sinkhorn", "muon")]
+)
+def test_tiers_differ_on_a_gpu_no_more_than_two_runs_do(
+    tiny: dict[str, Any], tmp_path: Path, rule: str, matrices: str
+) -> None:
+    options = {
+        "trainer.accelerator": "gpu",
+        "optimizer.table_optimizer": rule,
+        "optimizer.matrix_optimizer": matrices,
+    }
+    tiers = {"resident": RESIDENT, "again": RESIDENT, "host": HOST, "disk": DISK}
+    found = {
+        name: torch.tensor(losses(recipe(tiny, tmp_path / name, memory, **options)))
+        for name, memory in tiers.items()
+    }
+    assert found["resident"][-1] < found["resident"][0]
+    off = {name: (losses - found["resident"]).abs().max().item() for name, losses in found.items()}
+    assert max(off["host"], off["disk"]) <= max(3 * off["again"], 2e-3), off
+
+
 def test_unique_rows_train_as_the_dense_table_does(tiny: dict[str, Any], tmp_path: Path) -> None:
     dense = losses(recipe(tiny, tmp_path / "dense", {}))
     rows = losses(recipe(tiny, tmp_path / "rows", RESIDENT))
