@@ -264,6 +264,8 @@ def _headline(
         reason = f"{len(obs.cells)} distinct rho; a curve with an optimum needs at least 6 to be chosen"
     elif not best.family.axes:
         reason = "no curve has a lower AICc than the constant: too few runs, or no dependence on rho"
+    elif shape.verdict in ("monotone falling", "monotone rising"):
+        reason = shape.reason
     elif shape.verdict != "U-shaped":
         reason = f"without assuming a curve the shape is {shape.verdict}: {shape.reason}"
     elif best.rho is None:

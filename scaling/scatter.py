@@ -10,7 +10,8 @@ import numpy as np
 
 from scaling.curvefit import CurveFit, fit_curve
 from scaling.families import Family, no_slope
-from scaling.observations import Observations, pure_error
+from scaling.observations import Observations, build, pure_error
+from scaling.tails import f_cdf
 
 PURE_ERROR_DOF = 8
 """Fewest degrees of freedom between seeds at which replicates say how much runs scatter."""
@@ -38,6 +39,43 @@ class Scatter:
     source: str
     about: str = ""
     """The family whose residuals it comes from; empty when it is known or comes from replicates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicates:
+    """How runs of one x differ from each other, without any curve."""
+
+    widest: float
+    """Largest difference of two runs of one x, nats."""
+    means: float
+    """Largest difference between the mean losses of two x, nats."""
+    sd: float | None
+    """SD of one run within cells, block effects taken out, nats; None without degrees of freedom."""
+    dof: int
+    pairing_p: float | None
+    """p of "blocks (paired seeds) share no level", an F test within cells; None without blocks."""
+
+
+def replicates(obs: Observations) -> Replicates | None:
+    """Return how runs of one x differ; None where no x has two runs."""
+    cell = np.unique(obs.x, return_inverse=True)[1]
+    if int(np.bincount(cell).max()) < 2:
+        return None
+    runs = [obs.y[cell == number] for number in range(int(cell.max()) + 1)]
+    mean = np.bincount(cell, obs.weight * obs.y) / np.bincount(cell, obs.weight)
+    within, inner = pure_error(obs)
+    p = None
+    if obs.block_name and inner and within > 0:
+        apart, outer = pure_error(build(x=obs.x, y=obs.y, weight=obs.weight))
+        ratio = (apart - within) / (outer - inner) / (within / inner)
+        p = 1 - f_cdf(outer - inner, inner, max(ratio, 0.0))
+    return Replicates(
+        widest=max(float(np.ptp(losses)) for losses in runs),
+        means=float(np.ptp(mean)),
+        sd=math.sqrt(within / inner / float(np.median(obs.weight))) if inner else None,
+        dof=inner,
+        pairing_p=p,
+    )
 
 
 def scatter_of(obs: Observations, fits: Iterable[CurveFit]) -> Scatter:

@@ -320,10 +320,10 @@ def judge(obs: Observations, scatter: Scatter, *, seed: int = 0, confidence: flo
         words = "no curve with one turn fits: the losses go up and down by more than runs scatter"
         return UShape(**fields, verdict="neither", reason=words)
     if no_fall <= SIZE < min(no_rise, hill_no_rise, falling):
-        words = "'never falls' is rejected and 'never rises' is not: a right arm is not shown"
+        words = "a right arm is not shown ('never falls' is rejected, 'never rises' is not)"
         return UShape(**fields, verdict="monotone falling", reason=words)
     if no_rise <= SIZE < min(no_fall, hill_no_fall, rising):
-        words = "'never rises' is rejected and 'never falls' is not: a left arm is not shown"
+        words = "a left arm is not shown ('never rises' is rejected, 'never falls' is not)"
         return UShape(**fields, verdict="monotone rising", reason=words)
     calm = min(no_rise, no_fall, hill_no_rise, hill_no_fall) > SIZE
     if scatter.about and calm and (flat is None or flat > SIZE):

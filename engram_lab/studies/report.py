@@ -61,6 +61,8 @@ def _keep_configurations(recipe: Recipe, runs: Iterable[str], folder: Path) -> N
 
 def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
     """What the runs' columns do not say: text, counting conventions, recipe."""
+    said = recipe.to_dict()
+    del said["model"]["vocab_size"]  # the text's tokenizer decides it, whatever stands there
     hashes = frame["data_hash"].drop_nulls().unique().sort().to_list() if "data_hash" in frame.columns else []
     return {
         "data": f"{recipe.text.source}, validation by document",
@@ -75,5 +77,5 @@ def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
         "metric": "validation loss after the last step, nats per token",
         "checkpoints": "one, after the last step",
         "smoothing": "no: neither smoothed nor interpolated",
-        "recipe": yaml.safe_dump(recipe.to_dict(), sort_keys=False),
+        "recipe": yaml.safe_dump(said, sort_keys=False),
     }

@@ -20,6 +20,7 @@ from scaling.report.runs import Runs, in_budgets
 
 UNSTATED = "not stated in the data"
 RECIPE = "as the recipe below says"
+VALUES = f"their values are in the recipe below; how they were chosen is {UNSTATED}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Method:
 def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Table:
     """Return the checklist as a table."""
     fitted = runs.fitted
-    recipe = RECIPE if "recipe" in context else UNSTATED
+    recipe, values = (RECIPE, VALUES) if "recipe" in context else (UNSTATED, UNSTATED)
     mismatch = [_line(context["mismatch"])] if context.get("mismatch") else []
 
     def told(*names: str, default: str = UNSTATED) -> str:
@@ -62,7 +63,7 @@ def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Tabl
             ("Was any token seen twice?", told("repetition")),
             ("How are parameters counted?", told("parameters")),
             ("How is compute counted?", told("flops")),
-            ("How were hyper-parameters chosen?", told("hyper_parameters", default=recipe)),
+            ("How were hyper-parameters chosen?", told("hyper_parameters", default=values)),
             ("Did the learning rate end with the tokens of each run?", told("schedule", default=recipe)),
             ("By which code?", _named(fitted, "code_version") or told("code_version", "code")),
             ("On which machine?", _named(fitted, "machine") or told("machine")),
@@ -76,6 +77,7 @@ def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Tabl
             ),
             ("How many seeds?", _seeds(fitted)),
             ("Was any run left out?", _left_out(runs)),
+            ("Was any run interrupted?", _taken_up(fitted)),
             ("Which runs were taken for one budget?", _merged(fitted)),
             (
                 "Were the losses changed before fitting?",
@@ -159,8 +161,8 @@ def _sizes(frame: pl.DataFrame) -> str:
     for name, unit in (("total_parameters", "parameters"), ("tokens", "tokens")):
         if name in frame.columns and frame[name].null_count() < frame.height:
             low, high = frame[name].min(), frame[name].max()
-            span = short(low) if low == high else f"{short(low)} to {short(high)}"  # type: ignore[arg-type]
-            said.append(f"{span} {unit}")
+            ends = short(low), short(high)  # type: ignore[arg-type]
+            said.append(f"{' to '.join(dict.fromkeys(ends))} {unit}")
     return "; ".join(said) or UNSTATED
 
 
@@ -178,6 +180,21 @@ def _seeds(frame: pl.DataFrame) -> str:
         return seeds
     low, high = min(counts), max(counts)
     return f"{seeds}; {low if low == high else f'{low} to {high}'} a cell."
+
+
+def _taken_up(fitted: pl.DataFrame) -> str:
+    """Say how many finished runs were stopped on the way and taken up again."""
+    if "openings" not in fitted.columns or fitted["openings"].null_count() == fitted.height:
+        return UNSTATED
+    again = fitted.filter(pl.col("openings") > 1)
+    if again.is_empty():
+        return "None that finished: each was started once."
+    most = max(map(int, again["openings"].to_list()))
+    times = "once" if most == 2 else f"up to {most - 1} times"
+    return (
+        f"{again.height} of {fitted.height} that finished, {times} each, and taken up again where they stood"
+        " (column openings counts the starts)."
+    )
 
 
 def _left_out(runs: Runs) -> str:

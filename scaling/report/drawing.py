@@ -94,6 +94,12 @@ def bands(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.plot(curve.x, curve.mean, color=colour, ls=dash, label=curve.name, zorder=3)
 
 
+def joined(seed: Array) -> Array:
+    """Return the seeds whose runs are joined by lines: none where they are too many, or each has one run."""
+    found, count = np.unique(seed[np.isfinite(seed)], return_counts=True)
+    return found if len(seed) <= DRAWN and len(found) <= JOINED and (count > 1).any() else found[:0]
+
+
 def raw(
     axes: Axes,
     points: Points,
@@ -110,9 +116,8 @@ def raw(
         kept = np.sort(np.lexsort((y, x))[np.linspace(0, len(x) - 1, DRAWN).astype(int)])
         label = None if label is None else f"one run ({DRAWN} of {len(x)} drawn)"
         x, y, seed, hollow, join = x[kept], y[kept], seed[kept], hollow[kept], False
-    seeds = np.unique(seed[np.isfinite(seed)])
-    if join and len(seeds) <= JOINED:
-        for own in seeds:
+    if join:
+        for own in joined(seed):
             order = np.flatnonzero(seed == own)
             order = order[np.argsort(x[order], kind="stable")]
             axes.plot(x[order], y[order], color=theme.MUTED, lw=0.6, alpha=0.55, zorder=2)

@@ -67,8 +67,18 @@ def _picture(picture: Picture) -> str:
     return f"<figure>{drawing}<figcaption>{escape(picture.caption)}</figcaption></figure>"
 
 
+WIDE = 60
+"""Letters from which on a cell's column must not be squeezed to a word's width on a phone."""
+
+
+def _class(table: Table, place: int) -> str:
+    if table.columns[place] in table.numeric:
+        return ' class="n"'
+    return ' class="w"' if any(len(row[place]) > WIDE for row in table.rows) else ""
+
+
 def _table(table: Table) -> str:
-    flush = [' class="n"' if column in table.numeric else "" for column in table.columns]
+    flush = [_class(table, place) for place in range(len(table.columns))]
     head = "".join(
         f'<th scope="col"{c}>{escape(name)}</th>' for c, name in zip(flush, table.columns, strict=True)
     )

@@ -48,6 +48,7 @@ def build(
 def summary(study: Study) -> Section:
     """Return the head of the page: what the tests allow to be said, in a few sentences."""
     sentences = [f"{words.shape(fit)} {words.optimum(fit)}" for fit in study.allocations]
+    sentences += [said for fit in study.allocations[-1:] if (said := words.scatter(fit))]
     sentences += [words.drift(fit) for fit in study.joint]
     sentences += [words.memory(sizes.fit, sizes.budget) for sizes in study.memories]
     if study.standard is not None:

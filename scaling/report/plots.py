@@ -51,7 +51,8 @@ def allocation(
         low, high = float(points.y.min()), float(points.y.max())
         room = max(high - low, NARROWEST)
         if optimum is not None:
-            interval_bar(axes, optimum, low - 0.14 * room, (0.0, 1.0))
+            said = "ρ* and its 95 % interval" if optimum.value is not None else "what the models leave for ρ*"
+            interval_bar(axes, optimum, low - 0.14 * room, (0.0, 1.0), label=said)
         axes.set(xlim=(-0.04, 1.05), ylim=(low - 0.24 * room, high + 0.1 * room), xlabel=SHARE, ylabel=LOSS)
         axes.set_xticks(np.linspace(0, 1, 6))
         return finish(drawn, axes, label)

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from scaling.report import theme
-from scaling.report.document import Block, Picture, Pictures, Section, Table
+from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
 from scaling.report.drawing import Array, Label, finish
 from scaling.report.numbers import budget_label, fixed, short
 from scaling.report.runs import Runs, in_budgets
@@ -48,7 +48,8 @@ def progress(runs: Runs) -> Section | None:
     for number, (budget, part) in enumerate(in_budgets(frame), start=1):
         found = courses(part)
         if len(found) > 1 and len(found[0].tokens) > 1:
-            blocks += [Pictures((_picture(found, budget, number),)), _table(found, budget)]
+            lead = Paragraph(_lead(found, budget))
+            blocks += [lead, Pictures((_picture(found, budget, number),)), _table(found, budget)]
     if not blocks:
         return None
     return Section(ident="progress", title="While they trained", blocks=tuple(blocks))
@@ -79,6 +80,17 @@ def courses(runs: pl.DataFrame) -> list[Course]:
     ]
 
 
+def _lead(found: list[Course], budget: float | None) -> str:
+    """Say which share had the lowest mean at every evaluation: an order that changes had not settled."""
+    best = [min(found, key=lambda course: course.loss[place]).rho for place in range(len(found[0].tokens))]
+    told = ", ".join(
+        f"ρ = {fixed(rho, 4)} at {short(tokens)} tokens"
+        for rho, tokens in zip(best, found[0].tokens, strict=True)
+    )
+    change = "was the same at every evaluation" if len(set(best)) == 1 else "changed while they trained"
+    return f"At {budget_label(budget)} the share with the lowest mean loss {change}: {told}."
+
+
 def _picture(found: list[Course], budget: float | None, number: int) -> Picture:
     base = found[-1]
     with theme.figure(2.7) as (drawn, axes):
@@ -102,7 +114,10 @@ def _picture(found: list[Course], budget: float | None, number: int) -> Picture:
             Label(
                 name=f"progress-{number}",
                 title=budget_label(budget),
-                caption="Means over seeds at every evaluation; lines that still move apart had not settled.",
+                caption=(
+                    "Means over seeds at every evaluation; lines that still move apart had not settled. The"
+                    " scatter of the share they are measured from is in all of them."
+                ),
                 alt=f"Validation loss of every share above that of {base.rho:.3g}, against tokens.",
             ),
         )

@@ -195,6 +195,8 @@ def listing(runs: Runs) -> Table:
         idle.add("attempts")
     if "openings" in frame.columns and frame["openings"].max() == 1:
         idle.add("openings")
+    elif "openings" in frame.columns:
+        note += " Openings count how often a run was started: 2 is one interruption."
     shown = [name for name in _SHOWN if name not in idle]
     return Table(title="Every run", note=note, long=True, **_listing(frame.head(ROWS_SHOWN), tuple(shown)))
 
@@ -243,7 +245,8 @@ def _varied(frame: pl.DataFrame, name: str, matched: frozenset[str]) -> str:
     values = frame[name].drop_nulls().unique().sort()
     if len(values) == 1:
         return f"fixed: {_number(name, values[0])}"
-    said = f"{_number(name, values[0])} to {_number(name, values[-1])}, {plural(len(values), 'value')}"
+    ends = dict.fromkeys((_number(name, values[0]), _number(name, values[-1])))
+    said = f"{' to '.join(ends)}, {plural(len(values), 'value')}"
     if name not in matched:
         return said
     spread = 0.0
@@ -251,7 +254,7 @@ def _varied(frame: pl.DataFrame, name: str, matched: frozenset[str]) -> str:
         inside = part[name].drop_nulls().cast(pl.Float64).to_numpy()
         if len(inside) and inside.min() > 0:
             spread = max(spread, float(inside.max() / inside.min() - 1))
-    return f"{said}; {100 * spread:.{2 if spread < 0.01 else 0}f} %"
+    return f"{said}; {significant(100 * spread, 2)} %"
 
 
 def _distinct(frame: pl.DataFrame, name: str) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 from scaling.allocation import CREDIBLE, AllocationFit
 from scaling.report import checkplots, plots, words
 from scaling.report.document import Block, Paragraph, Picture, Pictures, Section, Table
-from scaling.report.drawing import Curve, Estimate, Label, Points
+from scaling.report.drawing import Curve, Estimate, Label, Points, joined
 from scaling.report.models import SCORES, curve, formula, scores, status
 from scaling.report.numbers import budget_label, fixed, interval, percent, significant
+from scaling.scatter import Replicates, replicates
 from scaling.ushape import UShape
 
 if TYPE_CHECKING:
@@ -44,18 +45,29 @@ def evidence(fits: Sequence[AllocationFit]) -> Table:
         ("p, loss does not depend on ρ", lambda u: significant(u.p_flat, 2)),
         ("left end minus bottom, nats", lambda u: _contrast(u, "left")),
         ("right end minus bottom, nats", lambda u: _contrast(u, "right")),
-        ("SD of one run, nats", lambda u: f"{fixed(u.sd, 4)} from {u.sd_source}"),
+        ("SD of one run in these tests, nats", lambda u: f"{fixed(u.sd, 4)} from {u.sd_source}"),
         ("p, slope test (decides nothing)", lambda u: significant(u.slope_p, 2)),
         ("p, two-lines test (decides nothing)", lambda u: significant(u.two_lines_p, 2)),
     )
+    seen = [replicates(fit.observations) for fit in fits]
+    between: tuple[tuple[str, Callable[[Replicates], str]], ...] = (
+        ("SD of one run between seeds, nats", lambda r: f"{fixed(r.sd, 4)} ({r.dof} degrees of freedom)"),
+        ("largest difference of two runs of one ρ, nats", lambda r: fixed(r.widest, 4)),
+        ("p, runs of one seed share no level", lambda r: significant(r.pairing_p, 2)),
+    )
+    rows = [(name, *(say(fit.u_shape) for fit in fits)) for name, say in asked]
+    if any(seen):
+        rows += [(name, *("–" if r is None else say(r) for r in seen)) for name, say in between]
     return Table(
         title="Is it a U?",
         columns=("", *(budget_label(fit.budget) for fit in fits)),
-        rows=tuple((name, *(say(fit.u_shape) for fit in fits)) for name, say in asked),
+        rows=tuple(rows),
         note=(
             "The verdict rests on a bootstrap of monotone against valley-shaped regression, once in each"
-            " direction, and on both end contrasts. The slope test (Lind and Mehlum) rejects on saturating"
-            " monotone curves far too often, and the two-lines test (Simonsohn) needs about thirty points."
+            " direction, and on both end contrasts. The bottom is the lowest inner cell, picked by the same"
+            " losses, so that contrasts with it lean upwards. The slope test (Lind and Mehlum) rejects on"
+            " saturating monotone curves far too often, and the two-lines test (Simonsohn) needs about thirty"
+            " points."
         ),
     )
 
@@ -122,6 +134,8 @@ def _picture(fit: AllocationFit, number: int) -> Picture:
     jump = any(m.family.jump_at is not None for m in credible)
     unknown = best.rho is None and best.interval == (None, None)
     caption = "Every run, with each credible model and the 95 % band of its mean."
+    if len(joined(obs.seed)):
+        caption += " Thin grey lines join the runs of one seed."
     if jump:
         caption += " Where a model has a level of its own at ρ = 1, its curve shows the limit from the left."
     return plots.allocation(

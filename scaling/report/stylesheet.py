@@ -68,6 +68,7 @@ footer{color:var(--muted);font-size:.84rem;margin-top:3rem;padding-top:1rem;padd
   td{max-width:18rem}
   td:first-child{white-space:normal;min-width:6.5rem}
   td:last-child{min-width:9rem}
+  td.w{min-width:13rem}
 }
 @media print{
   @page{margin:14mm}

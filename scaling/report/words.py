@@ -19,6 +19,8 @@ from scaling.report.numbers import (
     short,
     significant,
 )
+from scaling.scatter import replicates
+from scaling.ushape import SIZE
 
 if TYPE_CHECKING:
     from scaling.allocation_results import AllocationFit
@@ -68,6 +70,7 @@ def _falling(u: UShape) -> str:
     return (
         f"loss falls as ρ grows ({p_value(u.p_no_fall)}) and a rise towards ρ = 1 is not shown"
         f" ({p_value(u.p_no_rise)}): this is no evidence of an optimum between the ends"
+        f"{_nor_against(u, 'right')}"
     )
 
 
@@ -75,6 +78,18 @@ def _rising(u: UShape) -> str:
     return (
         f"loss rises as ρ grows ({p_value(u.p_no_rise)}) and a fall from ρ = 0 is not shown"
         f" ({p_value(u.p_no_fall)}): this is no evidence of an optimum between the ends"
+        f"{_nor_against(u, 'left')}"
+    )
+
+
+def _nor_against(u: UShape, side: str) -> str:
+    """Say how high an arm that is not shown may still be: what is not seen is not thereby absent."""
+    arm = next((contrast for contrast in u.contrasts if contrast.name.startswith(side)), None)
+    if arm is None or arm.interval[1] is None or arm.interval[1] <= 0:
+        return ""
+    return (
+        f", nor against one whose {side} arm is lower than {fixed(arm.interval[1], 4)} nats"
+        f" (the {arm.name} is {fixed(arm.estimate, 4)} {interval(*arm.interval, digits=4)})"
     )
 
 
@@ -115,9 +130,21 @@ def shape(fit: AllocationFit) -> str:
     return f"At {budget_label(fit.budget)} {SHAPES[fit.u_shape.verdict](fit.u_shape)}."
 
 
+ONE_ARM: Mapping[str, str] = {
+    "monotone falling": "falls, no rise shown",
+    "monotone rising": "rises, no fall shown",
+}
+"""Verdicts of `scaling.ushape` whose p value stands for one arm alone -> what may stand beside it."""
+
+
 def verdict(u: UShape) -> str:
-    """Return the shape's verdict; equal losses that no test could be made on are no evidence of flatness."""
-    return "undetermined" if u.verdict == "flat" and u.p_flat is None else u.verdict
+    """Return the shape's verdict as it stands beside its p value, claiming no more than that one test.
+
+    Equal losses that no test could be made on are no evidence of flatness.
+    """
+    if u.verdict == "flat" and u.p_flat is None:
+        return "undetermined"
+    return ONE_ARM.get(u.verdict, u.verdict)
 
 
 def verdict_p(u: UShape) -> str:
@@ -143,7 +170,7 @@ def optimum(fit: AllocationFit) -> str:
     if best.rho is None:
         bounded = best.interval != (None, None)
         left = interval(*best.interval)
-        union = f" (the credible models together leave {left})" if bounded else ""
+        union = f"; the credible models together leave {left}" if bounded else ""
         return f"No best share is named: {best.reason}{union}."
     level = f"{percent(best.confidence)} interval"
     named = f"the best share is ρ* = {fixed(best.rho)}, {level} {interval(*best.interval)}"
@@ -165,6 +192,22 @@ def against_pure(fit: AllocationFit) -> str | None:
     if low is not None and low > 0:
         return f"Pure MoE (ρ = 1) loses to the best share by {nats}."
     return f"No difference between the best share and pure MoE (ρ = 1) is shown: {nats}."
+
+
+def scatter(fit: AllocationFit) -> str | None:
+    """Say how far runs of one share differ, to be held against the curve; None without replicates."""
+    found = replicates(fit.observations)
+    if found is None:
+        return None
+    said = (
+        f"Two runs of one share differ by up to {fixed(found.widest, 4)} nats, the means of two shares by"
+        f" up to {fixed(found.means, 4)}."
+    )
+    if found.pairing_p is None:
+        return said
+    if found.pairing_p > SIZE:
+        return f"{said} That runs of one seed share a level is not shown ({p_value(found.pairing_p)})."
+    return f"{said} Runs of one seed share a level ({p_value(found.pairing_p)}), which the fits take out."
 
 
 def plateau(fit: AllocationFit) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from made_up_studies import a_study, recorded
 
 from engram_lab.studies.report import write_study_report
@@ -23,3 +25,15 @@ def test_what_the_mismatches_leave_out_follows_the_budgets_mode(
     monkeypatch.setattr("scaling.mlflow_reader.read_study", lambda uri, name: frame)
     page = write_study_report(recipe, tmp_path / "reports", say=lambda line: None)
     assert sentence in page.with_suffix(".md").read_text()
+
+
+def test_the_recipe_shown_claims_no_size_of_vocabulary_that_the_text_decides(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = a_study(tiny, rho=[0, 0.5, 1])
+    frame = recorded(recipe)
+    monkeypatch.setattr("scaling.mlflow_reader.read_study", lambda uri, name: frame)
+    page = write_study_report(recipe, tmp_path / "reports", say=lambda line: None)
+    shown = yaml.safe_load(json.loads((page.parent / "context.json").read_text())["recipe"])
+    assert "vocab_size" not in shown["model"]
+    assert shown["text"]["vocab_size"] == recipe.text.vocab_size

@@ -142,6 +142,16 @@ def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_head() -> None:
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {3}
 
 
+def test_a_column_of_sentences_is_marked_so_that_a_phone_does_not_squeeze_it() -> None:
+    rows = (("short", "7", "word " * 20), ("a", "8", "b"))
+    table = Table(title="t", columns=("a", "n", "long"), rows=rows, numeric=frozenset({"n"}))
+    page = Page(title="", subtitle="", sections=(Section(ident="s", title="", blocks=(table,)),), footer="")
+    html = to_html(page)
+    assert '<td>short</td><td class="n">7</td><td class="w">word' in html
+    assert '<td class="w">b</td>' in html
+    assert "td.w{min-width" in html
+
+
 def test_a_picture_is_the_same_bytes_each_time_and_valid_svg() -> None:
     first, second = picture(), picture()
     assert first == second

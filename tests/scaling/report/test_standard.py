@@ -117,7 +117,7 @@ def test_a_bare_tables_checklist_claims_nothing_that_the_table_does_not_say(tmp_
         *("On which data?", "With which tokenizer and context length?", "Was any token seen twice?"),
         *("How are parameters counted?", "How is compute counted?", "How were hyper-parameters chosen?"),
         *("Did the learning rate end with the tokens of each run?", "By which code?", "On which machine?"),
-        *("How many seeds?", "How far do cells miss their budget?"),
+        *("How many seeds?", "How far do cells miss their budget?", "Was any run interrupted?"),
     ]
     assert {question: bare[question] for question in outside} == dict.fromkeys(outside, UNSTATED)
     for question in (
@@ -135,7 +135,8 @@ def test_what_the_context_states_is_stated(tmp_path: Path) -> None:
     said = answers(write_report(study(allocation_rows("u")), tmp_path, context=context))
     assert said["What is the metric?"] == "Pile test loss"
     assert said["How are parameters counted?"] == "all"
-    assert "recipe below" in said["How were hyper-parameters chosen?"]
+    assert "recipe below" in said["Did the learning rate end with the tokens of each run?"]
+    assert UNSTATED in said["How were hyper-parameters chosen?"]  # a recipe says which, not why
 
 
 def test_what_mismatches_leave_out_is_said_where_they_stand(tmp_path: Path) -> None:

@@ -64,6 +64,47 @@ def test_a_power_law_is_claimed_by_its_own_verdict_alone(code: str) -> None:
     assert "{" not in said
 
 
+def test_an_arm_that_is_not_shown_is_not_said_to_be_absent() -> None:
+    fit = fit_allocation(study(allocation_rows("falling", sd=0.01)))
+    right = next(c for c in fit.u_shape.contrasts if c.name.startswith("right"))
+    high = right.interval[1]
+    assert fit.u_shape.verdict == "monotone falling"
+    assert high is not None
+    assert high > 0
+    said = words.shape(fit)
+    assert f"nor against one whose right arm is lower than {high:.4f} nats" in said
+    assert words.verdict(fit.u_shape) == "falls, no rise shown"  # p is that of the fall, not of monotony
+    below = replace(right, interval=(-0.03, -0.01))
+    excluded = replace(fit, u_shape=replace(fit.u_shape, contrasts=(below,)))
+    assert "nor against" not in words.shape(excluded)
+
+
+def test_no_sentence_says_twice_why_no_best_share_is_named() -> None:
+    said = words.optimum(fit_allocation(study(allocation_rows("falling"))))
+    assert said.startswith("No best share is named: a right arm is not shown (")
+    assert said.count(":") == 1
+
+
+@pytest.mark.parametrize("level", [0.0, 0.02])
+def test_the_scatter_between_seeds_is_told_beside_the_span_of_the_curve(level: float) -> None:
+    rows = [
+        {**row, "loss": float(str(row["loss"])) + level * float(str(row["seed"]))}
+        for row in allocation_rows("u", sd=0.002)
+    ]
+    fit = fit_allocation(study(rows))
+    losses = np.array([row["loss"] for row in rows], dtype=float).reshape(-1, 2)  # [share, seed]
+    apart, means = np.ptp(losses, axis=1), losses.mean(axis=1)
+    said = words.scatter(fit)
+    assert said is not None
+    assert (
+        f"differ by up to {apart.max():.4f} nats, the means of two shares by up to {np.ptp(means):.4f}"
+        in said
+    )
+    assert ("Runs of one seed share a level (p < 0.001)" in said) == (level > 0)
+    assert ("share a level is not shown" in said) == (level == 0)
+    assert words.scatter(fit_allocation(study(allocation_rows("u", seeds=1)))) is None
+
+
 SHAPES = st.sampled_from(["u", "flat", "falling", "rising"])
 SLOW = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True

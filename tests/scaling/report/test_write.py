@@ -251,6 +251,34 @@ def test_losses_while_training_are_shown_against_those_of_the_largest_share(tmp_
     assert "| ρ | runs | 1M tokens | 3M tokens |" in text
     assert "| 0.0000 | 2 | 5.5000 | 4.0000 |" in text  # means over seeds, the odd schedule left out
     assert "loss minus that of ρ = 1" in (folder / "figures" / "progress-1.svg").read_text()
+    assert "changed while they trained: ρ = 0.0000 at 1M tokens, ρ = 0.5000 at 3M tokens." in text
+
+
+def test_a_bar_is_called_an_interval_of_the_best_share_only_where_one_is_named(tmp_path: Path) -> None:
+    for shape, named in (("u", True), ("falling", False)):
+        folder = report(tmp_path / shape, study(allocation_rows(shape)))
+        drawn = (folder / "figures" / "share-1.svg").read_text()
+        assert ("ρ* and its 95 % interval" in drawn) == named
+        assert ("what the models leave for ρ*" in drawn) == (not named)
+        assert "Thin grey lines join the runs of one seed." in (folder / "report.md").read_text()
+
+
+def test_a_run_taken_up_again_is_told_in_words(tmp_path: Path) -> None:
+    rows = [{**row, "openings": 1 + (n in (2, 5))} for n, row in enumerate(allocation_rows("u"))]
+    text = (report(tmp_path / "cut", study(rows)) / "report.md").read_text()
+    assert "2 of 18 that finished, once each, and taken up again where they stood" in text
+    assert "2 is one interruption" in text
+    whole = [{**row, "openings": 1} for row in rows]
+    text = (report(tmp_path / "whole", study(whole)) / "report.md").read_text()
+    assert "None that finished: each was started once." in text
+    assert "2 is one interruption" not in text
+
+
+def test_values_that_read_alike_are_no_span_and_a_small_mismatch_is_not_none(tmp_path: Path) -> None:
+    rows = [{**row, "total_parameters": 83_710_000.0 + 100 * n} for n, row in enumerate(allocation_rows("u"))]
+    text = (report(tmp_path, study(rows)) / "report.md").read_text().replace("\\", "")
+    assert "83.7M to 83.7M" not in text
+    assert "| total_parameters | 83.7M, 18 values; 0.002 % |" in text
 
 
 def test_an_empty_column_weighs_nothing(tmp_path: Path) -> None:
