@@ -52,7 +52,7 @@ figcaption{font-size:.86rem;color:var(--muted);margin-top:.35rem}
 table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums}
 th,td{padding:.32rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 th{font-weight:600;white-space:nowrap;background:var(--wash);position:sticky;top:0}
-td{max-width:30rem}
+td{max-width:30rem;overflow-wrap:break-word}
 td:first-child{white-space:nowrap}
 td.n,th.n{text-align:right;white-space:nowrap}
 pre{font-size:.8rem;background:var(--wash);padding:.7rem .9rem;overflow:auto;max-height:24rem;margin:.3rem 0}
@@ -81,7 +81,6 @@ footer{color:var(--muted);font-size:.84rem;margin-top:3rem;padding-top:1rem;padd
   table{font-size:7.5pt}
   th{position:static;white-space:normal}
   th,td{padding:.12rem .3rem}
-  td:last-child{overflow-wrap:break-word}
   figure,.facts,.caution,tr{break-inside:avoid}
   h2,h3{break-after:avoid}
   .pictures{grid-template-columns:1fr 1fr}

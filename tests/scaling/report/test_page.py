@@ -24,6 +24,7 @@ from scaling.report.document import (
 from scaling.report.html import to_html
 from scaling.report.markdown import to_markdown
 from scaling.report.numbers import fixed, interval, p_value, short, significant
+from scaling.report.stylesheet import stylesheet
 
 NASTY = '<script>alert("&")</script> | *pipe* [x](y)'
 
@@ -150,6 +151,11 @@ def test_a_column_of_sentences_is_marked_so_that_a_phone_does_not_squeeze_it() -
     assert '<td>short</td><td class="n">7</td><td class="w">word' in html
     assert '<td class="w">b</td>' in html
     assert "td.w{min-width" in html
+
+
+def test_a_long_hash_breaks_inside_its_cell_and_covers_no_other() -> None:
+    rules = re.findall(r"^td\{([^}]*)\}", stylesheet(), re.MULTILINE)
+    assert any("max-width" in rule and "overflow-wrap:break-word" in rule for rule in rules)
 
 
 def test_a_picture_is_the_same_bytes_each_time_and_valid_svg() -> None:
