@@ -192,7 +192,7 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(config.experts, d_model, 2 * config.expert_hidden))
         self.out = nn.Parameter(torch.empty(config.experts, config.expert_hidden, d_model))
         self.shared = SwiGLU(d_model, shared_width) if shared_width else None
-        # bfloat16 copies of gate_up and out, where a trainer keeps them equal (training/captured.py)
+        # bfloat16 copies of gate_up and out, where training keeps them equal (training/captured.py)
         self.narrow: tuple[Tensor, Tensor] | None = None
 
     def forward(self, h: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class Experts(nn.Module):
             self.out,
             router.top_k,
             softmax=router.kind == "softmax",
-            narrow=self.narrow,
+            narrow=self.narrow if self.training else None,  # a callback may evaluate other weights
             more=None if shared is None else shared.flatten(0, -2),
         )
         router.count(load)

@@ -393,6 +393,7 @@ def routed_experts(
             "data.batch_size, or raise trainer.accumulate_grad_batches."
         )
     narrow_gate_up, narrow_out = narrow or (w.detach().to(x.dtype) for w in (gate_up, out))
+    more = None if more is None else more.contiguous()
     y, chosen, _, _, loads, *_ = _routed_experts(
         x.contiguous(), router, bias, gate_up, out, narrow_gate_up, narrow_out, more, K, softmax
     )

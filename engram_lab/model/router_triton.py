@@ -1,8 +1,8 @@
-"""Choosing experts on a GPU and sorting the choices, in three passes; nothing waits for the device.
+"""Choosing experts on a GPU and sorting the choices; nothing waits for the device.
 
-One pass multiplies, scores, chooses, weighs and counts, so that scores never travel through memory. Choices
-are sorted by counting: a token's place among an expert's rows is its rank in its block of tokens behind what
-the blocks before it chose, which is the order of a stable sort.
+One pass splits the router's weight; one multiplies, scores, chooses, weighs and counts, so that scores never
+travel through memory. Choices are sorted by counting: a token's place among an expert's rows is its rank in
+its block of tokens behind what the blocks before it chose, which is the order of a stable sort.
 
 Shapes: N tokens, K choices a token, E experts, D width, P = N * K.
 """
@@ -91,11 +91,16 @@ def _choose(
     for i in range(K):
         best = tl.max(open_, axis=1)
         number = tl.min(tl.where(open_ == best[:, None], e[None, :], E_PADDED), axis=1)
-        parts = tl.where(slot == i, best[:, None], parts)
+        taken = e[None, :] == number[:, None]
+        # Keeping all scores fills the registers. A sigmoid's is the sum less the bias; those of a softmax may
+        # be too small for that.
+        part = tl.sum(tl.where(taken, scores, 0.0), axis=1) if SOFTMAX else best
+        parts = tl.where(slot == i, part[:, None], parts)
         experts = tl.where(slot == i, number[:, None], experts)
-        open_ = tl.where(e[None, :] == number[:, None], float("-inf"), open_)
-    # The scores themselves would fill the registers.
-    parts = tl.where(slot < K, parts - tl.load(bias + experts), 0.0)
+        open_ = tl.where(taken, float("-inf"), open_)
+    if not SOFTMAX:
+        parts = tl.where(parts > -1e30, parts - tl.load(bias + experts), float("nan"))
+    parts = tl.where(slot < K, parts, 0.0)
     live = (n < N)[:, None] & (slot < K)
     place = n[:, None] * K + slot
     tl.store(chosen + place, experts, live)

@@ -32,7 +32,8 @@ class CapturedStep:
         norm: of the parameters' gradients, over all processes, after the first call; each call overwrites it.
 
     Args:
-        network: whose parameters get gradients. Parameters may be changed by hand between two calls.
+        network: whose parameters get gradients. They may be changed in place between two calls, though not
+            through `.data`, which nobody can see.
         loss: maps inputs, given by name, to the loss; called to be captured only. It may not wait for the
             device, and changes no state, the routers' loads aside, in a way that repeating would spoil.
         optimizer: of the network; it is told to capture its update too.
@@ -62,8 +63,9 @@ class CapturedStep:
         """Return the loss, no part of an autograd graph; inputs that require a gradient receive theirs."""
         if self._replay is None:
             self._keep_copies()
-            self._replay = self._capture(inputs)
         self._renew_copies()
+        if self._replay is None:
+            self._replay = self._capture(inputs)
         for name, here in self._inputs.items():
             here.detach().copy_(inputs[name].detach(), non_blocking=True)
         self._replay()
@@ -79,7 +81,7 @@ class CapturedStep:
         """Let go of what was captured, of the gradients and of the copies; there is no call after it."""
         self._replay = self._conclude = None
         self._gradients = torch.empty(0)
-        self._optimizer.copies.clear()
+        self._optimizer.release()
         for layer in self._experts():
             layer.narrow = None
         self.network.zero_grad()
@@ -88,16 +90,17 @@ class CapturedStep:
         return [block.ffn for block in self.network.blocks if isinstance(block.ffn, Experts)]
 
     def _keep_copies(self) -> None:
-        """Give routed experts the copies, where they multiply in bfloat16."""
+        """Give routed experts room for the copies, where they multiply in bfloat16."""
+        copies = self._optimizer.copies
         device = next(self.network.parameters()).device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
             for layer in self._experts():
                 if layer.has_kernels(torch.bfloat16):
-                    copies = layer.gate_up.detach().bfloat16(), layer.out.detach().bfloat16()
-                    for parameter, copy in zip((layer.gate_up, layer.out), copies, strict=True):
+                    for parameter in (layer.gate_up, layer.out):
+                        copy = torch.empty_like(parameter, dtype=torch.bfloat16, requires_grad=False)
                         torch._dynamo.maybe_mark_dynamic(copy, 0)  # as the parameter is (execution.prepare)
-                        self._optimizer.copies[parameter] = copy
-                    layer.narrow = copies
+                        copies[parameter] = copy
+                    layer.narrow = copies[layer.gate_up], copies[layer.out]
 
     def _renew_copies(self) -> None:
         """Copy again what others than the captured update have changed, say a loaded state."""

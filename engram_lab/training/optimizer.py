@@ -161,6 +161,11 @@ class CompositeOptimizer(torch.optim.Optimizer):
         self._written: list[float] = []  # what they hold
         self._replay: Callable[[], None] | None = None
 
+    def release(self) -> None:
+        """Let go of what was captured and of the copies; steps that follow are launched."""
+        self.captures, self._replay = False, None
+        self.copies.clear()
+
     @torch.no_grad()
     def clip(self, limit: float, elsewhere: Tensor | None = None, own: Tensor | None = None) -> Tensor:
         """Return the norm of all gradients, and let `step` scale them down to `limit` if it is larger.

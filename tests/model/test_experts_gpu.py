@@ -44,6 +44,15 @@ def parts(N, K, E, D, H, softmax):
     return x, draw(E, D, scale=D**-0.5), draw(E, scale=0.3 / (E if softmax else 1)), gate_up, out
 
 
+@pytest.mark.parametrize(("peaks", "push"), [(1, 1), (4, 1), (4, 10)])
+def test_weights_of_a_softmax_are_its_own_however_large_the_bias(peaks, push):
+    x, weight, bias, _, _ = parts(64, 4, 200, 64, 32, True)
+    weight, bias = peaks * weight, bias / bias.std() * push
+    found = route(x, weight, bias, 4, True)
+    scores = (x.double() @ weight.double().t()).softmax(-1).gather(1, found.chosen.long())
+    assert off(found.weights, scores / scores.sum(dim=1, keepdim=True)) < 1e-4
+
+
 @pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize(("N", "K", "E", "D", "H"), SIZES)
 def test_choices_and_their_order(N, K, E, D, H, softmax):
@@ -78,6 +87,7 @@ def test_of_equal_scores_the_first_experts_are_chosen_and_broken_numbers_stay_in
     )
     x[3], x[4] = float("nan"), float("inf")
     found = route(x, weight, bias, 4, False)
+    assert found.weights[3].isnan().all()
     assert found.chosen.min() >= 0
     assert found.chosen.max() < 20
     assert torch.equal(found.order.sort().values.long(), torch.arange(800, device="cuda"))
@@ -115,6 +125,13 @@ def test_routed_experts_equal_a_loop(N, K, E, D, H, softmax):
     for a, b in zip(got, wanted, strict=True):  # one choice weighs 1 whatever the router says
         assert off(a, b) < 1e-2 if b.norm() > 1e-3 else a.norm() < 1e-3
     again = torch.autograd.grad((routed()[0] * pull).sum(), inputs)
+    others = tuple(-2 * matrix.detach().bfloat16() for matrix in (gate_up, out))
+    halves = [-0.5 * copy for copy in others]
+    of_copies = experts.kernels.routed_experts(x, weight, bias, *halves, K, softmax=softmax, narrow=others)[0]
+    directly = experts.kernels.routed_experts(
+        x, weight, bias, *(copy.float() for copy in others), K, softmax=softmax
+    )[0]
+    assert torch.equal(of_copies, directly)  # the copies are read, whatever the matrices hold
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 

@@ -138,6 +138,7 @@ def test_copies_that_experts_read_follow_their_matrices(monkeypatch: pytest.Monk
             for copied, matrix in zip(layer.narrow, (layer.gate_up, layer.out), strict=True):
                 assert torch.equal(copied, matrix.bfloat16())
 
+    assert optimizer.captures
     for _ in range(3):
         step()
         before = layers[0].gate_up.detach().clone()
@@ -150,6 +151,7 @@ def test_copies_that_experts_read_follow_their_matrices(monkeypatch: pytest.Monk
     captured.release()
     assert all(layer.narrow is None and layer.out.grad is None for layer in layers)
     assert not optimizer.copies
+    assert not optimizer.captures
 
 
 class Wrapped(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
-from engram_lab.model.experts import FeedForwardConfig
+from engram_lab.model.experts import Experts, FeedForwardConfig
 from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
 from engram_lab.training.captured import CapturedStep
@@ -134,6 +134,11 @@ def test_a_captured_step_does_what_a_launched_one_does(own_tables: bool, device:
         assert near(*moves)
         for found, wanted in zip(captured.state(), launched.state(), strict=True):
             assert near(found, wanted)
+        for layer in (block.ffn for block in second.blocks):
+            assert isinstance(layer, Experts)
+            assert (layer.narrow is None) == (device == "cpu")
+            for copied, matrix in zip(layer.narrow or (), (layer.gate_up, layer.out), strict=False):
+                assert torch.equal(copied, matrix.bfloat16())
         for a, b in zip(first.routers(), second.routers(), strict=True):
             # loads were counted once, warm-up left out; a load next to the mean may fall on its other side
             assert torch.isclose(a.bias, b.bias).float().mean() > 0.7
