@@ -55,7 +55,7 @@ class CapturedStep:
         self.norm = self._output = torch.empty(0)
         self._replay: Callable[[], None] | None = None
         self._conclude: Callable[[], None] | None = None  # what follows the exchange
-        self._gradients = torch.empty(0)  # all of them in one tensor, to be exchanged
+        self._gradients = self._loads = torch.empty(0)  # all of them in one tensor each, to be exchanged
         self._inputs: dict[str, Tensor] = {}
         self._versions: list[int] = []  # of the parameters that are copied
 
@@ -80,7 +80,7 @@ class CapturedStep:
     def release(self) -> None:
         """Let go of what was captured, of the gradients and of the copies; there is no call after it."""
         self._replay = self._conclude = None
-        self._gradients = torch.empty(0)
+        self._gradients = self._loads = torch.empty(0)
         self._optimizer.release()
         for layer in self._experts():
             layer.narrow = None
@@ -148,7 +148,9 @@ class CapturedStep:
         self._output = loss.detach()
 
     def _join(self) -> None:
-        """Put the gradients into one tensor."""
+        """Put the gradients into one tensor, and the experts' loads into another."""
+        if counts := self.network.router_counts():
+            self._loads = torch.stack(counts)
         trained = [p for p in self.network.parameters() if p.grad is not None]
         self._gradients = torch.cat([p.grad.flatten() for p in trained])  # type: ignore[union-attr]
         parts = self._gradients.split([p.numel() for p in trained])
@@ -161,9 +163,11 @@ class CapturedStep:
         else:
             dist.all_reduce(self._gradients)
             self._gradients /= self.processes
-        for counts in self.network.router_counts():
-            dist.all_reduce(counts)
+        if len(self._loads):
+            dist.all_reduce(self._loads)
 
     def _finish(self) -> None:
+        for counts, loads in zip(self.network.router_counts(), self._loads, strict=False):
+            counts.copy_(loads)
         self.norm = get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         self.network.update_router_bias()
