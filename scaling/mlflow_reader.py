@@ -2,8 +2,8 @@
 
 What the store must hold is the contract of `scaling.schema`: a run a trial, tagged `kind=trial` and
 `study=<name>`, one tag a column (numbers as text, a null as an absent tag), and the final validation loss as
-metric `final/loss`. A SQLite store is read with one query and without importing MLflow; any other address
-goes through its client.
+metric `final/loss`; what the run took may be metric `final/seconds`. A SQLite store is read without
+importing MLflow; any other address goes through its client.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import polars as pl
 from scaling.errors import ScalingError, nearest
 from scaling.schema import BY_NAME
 
-LOSS_METRIC = "final/loss"
+LOSS_METRIC, SECONDS_METRIC = "final/loss", "final/seconds"
 
 # The columns that a run carries as tags of the same name; the rest of the schema is for other people's
 # tables.
@@ -73,6 +73,7 @@ _LONG = {
     "mlflow_status": pl.String,
     "start_time": pl.Int64,
     "loss": pl.Float64,
+    "seconds": pl.Float64,
     "key": pl.String,
     "value": pl.String,
 }
@@ -83,12 +84,14 @@ _NUMBERS = {"mlflow_run": pl.String, "key": pl.String, "number": pl.Float64}
 # appended last.
 _TRIALS = """
 SELECT r.run_uuid AS mlflow_run, r.status AS mlflow_status, r.start_time AS start_time,
-       CASE WHEN m.is_nan THEN NULL ELSE m.value END AS loss, t.key AS key, t.value AS value
+       CASE WHEN m.is_nan THEN NULL ELSE m.value END AS loss,
+       CASE WHEN c.is_nan THEN NULL ELSE c.value END AS seconds, t.key AS key, t.value AS value
 FROM runs r
 JOIN tags s ON s.run_uuid = r.run_uuid AND s.key = 'study' AND s.value = ?
 JOIN tags k ON k.run_uuid = r.run_uuid AND k.key = 'kind' AND k.value = 'trial'
 JOIN tags t ON t.run_uuid = r.run_uuid
 LEFT JOIN latest_metrics m ON m.run_uuid = r.run_uuid AND m.key = ?
+LEFT JOIN latest_metrics c ON c.run_uuid = r.run_uuid AND c.key = ?
 WHERE r.lifecycle_stage = 'active'
 """
 
@@ -153,7 +156,7 @@ def read_study(uri: str, study: str) -> pl.DataFrame:
     """
     if _is_sqlite(uri):
         with closing(_open_sqlite(uri)) as connection:
-            long = _query(connection, uri, _TRIALS, _LONG, [study, LOSS_METRIC])
+            long = _query(connection, uri, _TRIALS, _LONG, [study, LOSS_METRIC, SECONDS_METRIC])
             health = _query(connection, uri, _HEALTH, _NUMBERS, [study, f"{HEALTH}%"])
             points = _query(connection, uri, _COURSE, _POINTS, [study, COURSE_METRIC])
     else:
@@ -285,14 +288,15 @@ def _pages(search: Any, **arguments: Any) -> list[Any]:
 
 
 def _long_rows(run: Any) -> list[tuple[object, ...]]:
-    head = (run.info.run_id, run.info.status, run.info.start_time, run.data.metrics.get(LOSS_METRIC))
+    found = [run.data.metrics.get(name) for name in (LOSS_METRIC, SECONDS_METRIC)]
+    head = (run.info.run_id, run.info.status, run.info.start_time, *found)
     return [(*head, key, value) for key, value in run.data.tags.items()]
 
 
 def _wide(long: pl.DataFrame) -> pl.DataFrame:
     """Turn one row a tag into one row a run; every tag of the schema is a column of text."""
     wanted = [*TAGS, *PROVENANCE, *NUMBERS, "mlflow.runName"]
-    runs = long.group_by("mlflow_run").agg(pl.col("mlflow_status", "start_time", "loss").first())
+    runs = long.group_by("mlflow_run").agg(pl.col("mlflow_status", "start_time", "loss", "seconds").first())
     tags = (
         long.filter(pl.col("key").is_in(wanted))
         .unique(["mlflow_run", "key"])
@@ -303,7 +307,7 @@ def _wide(long: pl.DataFrame) -> pl.DataFrame:
 
 def _typed(wide: pl.DataFrame) -> pl.DataFrame:
     """Turn text into numbers, and MLflow's state of a run into what the frame calls its status."""
-    loss = pl.when(pl.col("loss").abs() < _LARGEST_FINITE).then("loss")
+    loss, seconds = (pl.when(pl.col(n).abs() < _LARGEST_FINITE).then(n) for n in ("loss", "seconds"))
     state = pl.col("mlflow_status")
     lost = (state == "FINISHED") & loss.is_null()
     reason = (
@@ -321,6 +325,7 @@ def _typed(wide: pl.DataFrame) -> pl.DataFrame:
         *numbers,
         loss=loss,
         loss_sd=pl.lit(None, pl.Float64),
+        seconds=seconds,
         status=status,
         reason=reason,
         run=pl.coalesce("run", "mlflow.runName", "mlflow_run"),
@@ -353,6 +358,7 @@ def _one_row_a_cell(runs: pl.DataFrame, health: list[str]) -> pl.DataFrame:
             "status",
             "loss",
             "loss_sd",
+            "seconds",
             *PROVENANCE,
             *NUMBERS,
             *health,

@@ -256,6 +256,15 @@ COLUMNS: tuple[Column, ...] = (
     _positive(
         "loss_sd", float, "nats/token", "Known standard deviation of `loss` between seeds.", "sd", "loss std"
     ),
+    Column(
+        name="seconds",
+        kind=float,
+        unit="s",
+        doc="Wall time of training over all openings; compilation, evaluations and checkpoints included.",
+        lower=0.0,
+        upper=CEILING,
+        aliases=("wall seconds", "training seconds", "train seconds"),
+    ),
     _positive("weight", float, "", "Relative weight of the row (precision weight).", "weights"),
     Column(name="cluster", kind=str, unit="", doc="Rows of one cluster are not independent; see `collapse`."),
     _positive(

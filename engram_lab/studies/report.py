@@ -77,5 +77,18 @@ def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
         "metric": "validation loss after the last step, nats per token",
         "checkpoints": "one, after the last step",
         "smoothing": "no: neither smoothed nor interpolated",
+        "workers": _workers(None if recipe.study is None else recipe.study.workers),
         "recipe": yaml.safe_dump(said, sort_keys=False),
     }
+
+
+def _workers(most: int | None) -> str:
+    """Say how many runs the recipe lets train at a time, and what that does to their seconds."""
+    if most is None:
+        return "one run at a time on each GPU, or on each core where there is no GPU"
+    if most == 1:
+        return "one run at a time"
+    return (
+        f"up to {most} runs at a time; those that share a device slow each other down, and their sum counts "
+        "its time more than once"
+    )

@@ -15,11 +15,12 @@ import polars as pl
 
 from scaling.frame import BUDGET_GAP
 from scaling.report.document import Table
-from scaling.report.numbers import budget_label, plural, short
+from scaling.report.numbers import budget_label, duration, plural, short
 from scaling.report.runs import Runs, in_budgets
 
 UNSTATED = "not stated in the data"
 RECIPE = "as the recipe below says"
+BESIDE = f"how many ran at a time, and slowed each other down, is {UNSTATED}"
 VALUES = f"their values are in the recipe below; how they were chosen is {UNSTATED}"
 
 
@@ -67,6 +68,7 @@ def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Tabl
             ("Did the learning rate end with the tokens of each run?", told("schedule", default=recipe)),
             ("By which code?", _named(fitted, "code_version") or told("code_version", "code")),
             ("On which machine?", _named(fitted, "machine") or told("machine")),
+            ("What did the runs cost?", _cost(runs.every, told("workers", default=BESIDE))),
             ("How far do cells miss their budget?", "; ".join([_missed(fitted), *mismatch])),
         ),
         "Data": (
@@ -195,6 +197,18 @@ def _taken_up(fitted: pl.DataFrame) -> str:
         f"{again.height} of {fitted.height} that finished, {times} each, and taken up again where they stood"
         " (column openings counts the starts)."
     )
+
+
+def _cost(every: pl.DataFrame, beside: str) -> str:
+    """Say how long runs took, controls among them; `beside` says how many ran at a time."""
+    took = every["seconds"].drop_nulls().drop_nans() if "seconds" in every.columns else pl.Series([])
+    if took.is_empty():
+        return UNSTATED
+    ends = dict.fromkeys(duration(float(end)) for end in (took.min(), took.max()))  # type: ignore[arg-type]
+    said = f"{' to '.join(ends)} a run, {duration(float(took.sum()))} summed over runs"
+    if len(took) < every.height:
+        said += f" ({len(took)} of {every.height} say it)"
+    return f"{said}: wall time of training, compilation, evaluations and checkpoints included; {beside}."
 
 
 def _left_out(runs: Runs) -> str:

@@ -30,6 +30,14 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
+def duration(seconds: float) -> str:
+    """Return a time with its unit: 54.6 -> "54.6 s", 459 -> "7.65 min", 3e4 -> "8.33 h"."""
+    for unit, name in ((3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}" if seconds < 1000 * unit else f"{seconds / unit:.0f} {name}"
+    return f"{seconds:.3g} s"
+
+
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:
     """Return "[0.70, 0.85]"; an end that the data do not bound is said so."""
     if low is None and high is None:

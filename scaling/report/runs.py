@@ -33,6 +33,7 @@ _SHOWN = (
     "tokens",
     "seed",
     "loss",
+    "seconds",
     "attempts",
     "openings",
     "mlflow_run",

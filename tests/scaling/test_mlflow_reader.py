@@ -15,7 +15,7 @@ from scaling.cli import main
 from scaling.cli_tables import is_store
 from scaling.errors import ScalingError
 from scaling.frame import read
-from scaling.mlflow_reader import LOSS_METRIC, TAGS, _remote_trials, read_study, studies
+from scaling.mlflow_reader import LOSS_METRIC, SECONDS_METRIC, TAGS, _remote_trials, read_study, studies
 from scaling.schema import NAMES
 
 CELL = {
@@ -52,7 +52,10 @@ class Store:
         self.client.log_metric(first, "memory/layer1/row_norm", math.nan, step=100)
         for order, (step, loss) in enumerate([(100, 3.25), (50, 9.0), (50, 3.75)]):
             self.client.log_metric(first, "val/loss", loss, step=step, timestamp=1_000 + order)
+        for order, seconds in enumerate([20.5, 51.25]):  # each opening says the time of all until then
+            self.client.log_metric(first, SECONDS_METRIC, seconds, timestamp=1_000 + order)
         second = self.trial("b", seed=1, losses=[(100, 3.5), (100, 3.25), (50, 9.0)], rho=1.0, slots=0)
+        self.client.log_metric(second, SECONDS_METRIC, math.nan)
         self.client.log_metric(second, "memory/layer1/row_norm", 2.5, step=100)
         self.trial("c", seed=2, losses=[(100, math.inf)], end="FAILED", reason="infinite loss at step 7")
         self.trial("d", seed=3, losses=[], end="RUNNING")
@@ -176,6 +179,13 @@ def test_the_frame_passes_the_checks_that_any_table_passes(store: Store) -> None
     frame = read_study(store.uri, "first")
     assert frame.equals(read(frame))
     assert set(TAGS) <= set(NAMES)
+
+
+def test_what_a_run_took_is_read_where_it_was_written(runs: dict[str, dict[str, Any]]) -> None:
+    assert runs["a"]["seconds"] == 51.25
+    assert runs["b"]["seconds"] is None  # a NaN says nothing
+    assert runs["h"]["seconds"] is None
+    assert runs["h"]["loss"] == 3.75
 
 
 def test_the_last_health_numbers_of_a_memory_are_columns_of_their_own(

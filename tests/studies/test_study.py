@@ -74,6 +74,8 @@ def test_a_study_runs_from_text_to_report_and_a_second_call_trains_nothing(file:
     assert len(runs) == CELLS == runs["run"].n_unique()
     assert set(runs["status"]) == {"finished"}
     assert runs["loss"].is_finite().all()
+    assert (runs["seconds"] > 0).all()
+    assert "| What did the runs cost? | not stated" not in page.with_suffix(".md").read_text()
     assert sorted(runs["sweep"].unique()) == ["allocation", "allocation+memory", "memory"]
     assert parent_status(file) == "FINISHED"
     # A second call trains nothing again; the study grows by a share, and refuses what would lose its cells.

@@ -27,6 +27,26 @@ def test_what_the_mismatches_leave_out_follows_the_budgets_mode(
     assert sentence in page.with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("workers", "sentence"),
+    [
+        (None, "one run at a time on each GPU, or on each core"),
+        (1, "one run at a time."),
+        (2, "up to 2 runs at a time; those that share a device slow each other down"),
+    ],
+)
+def test_the_cost_says_how_many_ran_at_a_time(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None, sentence: str
+) -> None:
+    recipe = a_study(tiny, rho=[0, 0.5, 1], workers=workers)
+    frame = recorded(recipe).with_columns(seconds=40.0)
+    monkeypatch.setattr("scaling.mlflow_reader.read_study", lambda uri, name: frame)
+    page = write_study_report(recipe, tmp_path / "reports", say=lambda line: None)
+    line = next(line for line in page.with_suffix(".md").read_text().splitlines() if "runs cost?" in line)
+    assert "| 40 s a run, " in line
+    assert sentence in line
+
+
 def test_the_recipe_shown_claims_no_size_of_vocabulary_that_the_text_decides(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ from scaling.report.document import (
 )
 from scaling.report.html import to_html
 from scaling.report.markdown import to_markdown
-from scaling.report.numbers import fixed, interval, p_value, short, significant
+from scaling.report.numbers import duration, fixed, interval, p_value, short, significant
 from scaling.report.stylesheet import stylesheet
 
 NASTY = '<script>alert("&")</script> | *pipe* [x](y)'
@@ -208,6 +208,21 @@ def test_an_interval_without_an_upper_end_is_drawn_as_an_arrow() -> None:
 )
 def test_counts_are_short(value: float | None, said: str) -> None:
     assert short(value) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0, "0 s"),
+        (54.6026, "54.6 s"),
+        (119, "119 s"),
+        (459, "7.65 min"),
+        (3e4, "8.33 h"),
+        (4.5e6, "1250 h"),
+    ],
+)
+def test_times_carry_their_unit(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
 
 
 def test_ends_that_are_not_bounded_are_said_so() -> None:

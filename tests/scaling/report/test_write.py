@@ -274,6 +274,35 @@ def test_a_run_taken_up_again_is_told_in_words(tmp_path: Path) -> None:
     assert "2 is one interruption" not in text
 
 
+def test_what_the_runs_cost_is_said_in_one_line_and_moves_no_fit(tmp_path: Path) -> None:
+    plain = study(allocation_rows("u", shares=(0.0, 0.5, 1.0)), unfinished_rows())
+    seconds = pl.Series([90.5, 100.0, 110.0, 150.0, None, float("nan"), *[None] * 4], dtype=pl.Float64)
+    context = {"workers": "up to 2 runs at a time"}
+    folders = {
+        name: write_report(frame, tmp_path / name, context=context).parent
+        for name, frame in (("plain", plain), ("timed", plain.with_columns(seconds=seconds)))
+    }
+    text = (folders["timed"] / "report.md").read_text()
+    assert (
+        "| What did the runs cost? | 90.5 s to 2.5 min a run, 7.51 min summed over runs (4 of 10 say it):"
+        " wall time of training, compilation, evaluations and checkpoints included; up to 2 runs at a time. |"
+        in text
+    )
+    assert (
+        "| What did the runs cost? | not stated in the data |" in (folders["plain"] / "report.md").read_text()
+    )
+    fits = [json.loads((folder / "fits.json").read_text()) for folder in folders.values()]
+    assert fits[0].pop("runs_hash") != fits[1].pop("runs_hash")
+    assert fits[0] == fits[1]
+
+
+def test_how_many_ran_at_a_time_is_not_made_up(tmp_path: Path) -> None:
+    rows = [{**row, "seconds": 30.0} for row in allocation_rows("u", shares=(0.0, 1.0))]
+    text = (report(tmp_path, study(rows)) / "report.md").read_text()
+    assert "| What did the runs cost? | 30 s a run, 2 min summed over runs: wall time of training" in text
+    assert "how many ran at a time, and slowed each other down, is not stated in the data." in text
+
+
 def test_values_that_read_alike_are_no_span_and_a_small_mismatch_is_not_none(tmp_path: Path) -> None:
     rows = [{**row, "total_parameters": 83_710_000.0 + 100 * n} for n, row in enumerate(allocation_rows("u"))]
     text = (report(tmp_path, study(rows)) / "report.md").read_text().replace("\\", "")
