@@ -24,7 +24,7 @@ from engram_lab.errors import UserError, nearest
 from engram_lab.recipe import Recipe
 from engram_lab.recipe_file import read_recipe
 from engram_lab.studies.progress import StudyProgress
-from engram_lab.studies.runner import run_study, study_directory
+from engram_lab.studies.runner import run_study
 from engram_lab.text import TextConfig, TokenCorpus, look_ahead, prepare
 
 console = Console()
@@ -221,7 +221,7 @@ def _stored_recipe(name: str, directory: Path) -> Recipe:
 
 def status(name: str, directory: Path) -> None:
     """Print every cell of a study and its state."""
-    from engram_lab.studies.extension import read_extension
+    from engram_lab.studies.extension import read_extension, study_directory
     from engram_lab.studies.queue import StudyQueue
 
     queue = StudyQueue(study_directory(_stored_recipe(name, directory)), name)
@@ -260,7 +260,14 @@ def list_runs(directory: Path) -> None:
 
 def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> None:
     """Add cells to a study: those given as `RHO:SEED`, or else the `count` shares that would say most."""
-    from engram_lab.studies.extension import ExtraCell, extend, propose, read_extension, settle
+    from engram_lab.studies.extension import (
+        ExtraCell,
+        extend,
+        propose,
+        read_extension,
+        settle,
+        study_directory,
+    )
 
     recipe = _stored_recipe(name, directory)
     try:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from engram_lab.budget import Allocation, budget_table, component_table
 from engram_lab.recipe import Recipe, resolve
-from engram_lab.studies.extension import read_extension
+from engram_lab.studies.extension import read_extension, study_directory
 from engram_lab.studies.plan import MAIN_BUDGET, Cell, plan
-from engram_lab.studies.runner import study_directory
 from engram_lab.text import TokenCorpus, UnreadText
 
 

@@ -21,6 +21,11 @@ class ExtraCell:
     seed: int
 
 
+def study_directory(recipe: Recipe) -> Path:
+    """Where the study's queue, job, logs and added cells live."""
+    return Path(recipe.tracking.directory) / "studies" / recipe.name
+
+
 def read_extension(directory: Path) -> tuple[ExtraCell, ...]:
     """The cells added to the study in `directory`, in the order they were added."""
     file = directory / "extension.json"

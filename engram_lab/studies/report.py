@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 
 from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe
+from engram_lab.studies.extension import ExtraCell, read_extension, study_directory
 from engram_lab.training.run import run_directory
 
 MISMATCH = {
@@ -77,9 +78,21 @@ def _context(recipe: Recipe, frame: pl.DataFrame) -> dict[str, Any]:
         "metric": "validation loss after the last step, nats per token",
         "checkpoints": "one, after the last step",
         "smoothing": "no: neither smoothed nor interpolated",
+        "added": _added(read_extension(study_directory(recipe))),
         "workers": _workers(None if recipe.study is None else recipe.study.workers),
         "recipe": yaml.safe_dump(said, sort_keys=False),
     }
+
+
+def _added(cells: Sequence[ExtraCell]) -> str:
+    """Say which cells were chosen after results had been seen."""
+    if not cells:
+        return "no: every cell is one of the recipe below"
+    named = "; ".join(f"rho {cell.rho:g} seed {cell.seed}" for cell in cells)
+    return (
+        f"yes, {len(cells)} beside those of the recipe below: {named}; tests and intervals take all cells "
+        "for chosen beforehand"
+    )
 
 
 def _workers(most: int | None) -> str:

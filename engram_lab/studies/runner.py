@@ -22,7 +22,7 @@ from engram_lab import tracking
 from engram_lab.errors import UserError
 from engram_lab.files import write_atomically
 from engram_lab.recipe import Recipe
-from engram_lab.studies.extension import read_extension
+from engram_lab.studies.extension import read_extension, study_directory
 from engram_lab.studies.plan import Cell, plan
 from engram_lab.studies.progress import ProgressReader, StudyProgress
 from engram_lab.studies.queue import CellState, QueuedCell, StudyQueue
@@ -45,11 +45,6 @@ class StudyResult:
 
     cells: tuple[CellState, ...]
     report: Path | None
-
-
-def study_directory(recipe: Recipe) -> Path:
-    """Where the study's queue, job and logs live."""
-    return Path(recipe.tracking.directory) / "studies" / recipe.name
 
 
 def run_study(

@@ -78,6 +78,7 @@ def checklist(runs: Runs, context: Mapping[str, object], method: Method) -> Tabl
                 told("checkpoints", default=f"One row is taken for one run; which checkpoint is {UNSTATED}."),
             ),
             ("How many seeds?", _seeds(fitted)),
+            ("Were runs added after results had been seen?", told("added")),
             ("Was any run left out?", _left_out(runs)),
             ("Was any run interrupted?", _taken_up(fitted)),
             ("Which runs were taken for one budget?", _merged(fitted)),

@@ -44,9 +44,9 @@ def write_report(
         title: the page's heading; by default the study's name.
         context: what the caller knows and the runs do not say, shown as given. The checklist looks for
             `data`, `data_hash`, `repetition`, `flops`, `mismatch` (what `total_mismatch` and `flops_mismatch`
-            leave out), `hyper_parameters`, `code_version`, `machine` and `workers` (how many runs trained
-            at a time); any other name is shown too. A list of mappings becomes a table (`mismatches`, the
-            budget's error cell by cell).
+            leave out), `hyper_parameters`, `code_version`, `machine`, `added` (runs that were chosen after
+            results had been seen) and `workers` (how many runs trained at a time); any other name is shown
+            too. A list of mappings becomes a table (`mismatches`, the budget's error cell by cell).
 
     Raises:
         ScalingError: when the frame is no table of runs.

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from made_up_studies import a_study, recorded
 
+from engram_lab.studies.extension import ExtraCell, extend, study_directory
 from engram_lab.studies.report import write_study_report
 
 
@@ -57,3 +58,27 @@ def test_the_recipe_shown_claims_no_size_of_vocabulary_that_the_text_decides(
     shown = yaml.safe_load(json.loads((page.parent / "context.json").read_text())["recipe"])
     assert "vocab_size" not in shown["model"]
     assert shown["text"]["vocab_size"] == recipe.text.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [
+        ((), "| no: every cell is one of the recipe below"),
+        ((ExtraCell(rho=0.75, seed=1),), "| yes, 1 beside those of the recipe below: rho 0.75 seed 1; tests"),
+    ],
+)
+def test_the_report_says_which_cells_were_added_after_results_had_been_seen(
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cells: tuple[ExtraCell, ...],
+    sentence: str,
+) -> None:
+    recipe = a_study(tiny, rho=[0, 0.5, 1]).override({"tracking.directory": str(tmp_path / "mlruns")})
+    study_directory(recipe).mkdir(parents=True)
+    extend(study_directory(recipe), cells)
+    frame = recorded(recipe)
+    monkeypatch.setattr("scaling.mlflow_reader.read_study", lambda uri, name: frame)
+    page = write_study_report(recipe, tmp_path / "reports", say=lambda line: None)
+    line = next(line for line in page.with_suffix(".md").read_text().splitlines() if "added after" in line)
+    assert sentence in line
