@@ -35,11 +35,9 @@ from engram_lab.memory.row_file import (
     packed,
     write,
 )
-from engram_lab.memory.stores import Initial, RowStore, fill
+from engram_lab.memory.stores import DRAWN, Initial, RowStore, fill
 
 SUFFIX = ".rows"
-BLOCK = 256
-"""Rows that are drawn together: initial rows between two multiples of it cost about as much as one."""
 Manifest = dict[str, Any]
 """What a training checkpoint keeps of the rows, one of each rank: plain values."""
 
@@ -203,8 +201,8 @@ class RowCheckpoints:
         ids = written[~torch.from_numpy(covered)]
         if not len(ids):
             return
-        block = torch.empty((BLOCK, store.record_bytes), dtype=torch.uint8)
-        _, counts = torch.unique_consecutive(ids // BLOCK, return_counts=True)
+        block = torch.empty((DRAWN, store.record_bytes), dtype=torch.uint8)
+        _, counts = torch.unique_consecutive(ids // DRAWN, return_counts=True)
         for group in ids.split(counts.tolist()):
             first, count = int(group[0]), int(group[-1] - group[0]) + 1
             initial(first, count, block[:count])

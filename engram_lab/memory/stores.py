@@ -22,6 +22,9 @@ from engram_lab.memory.row_copy import Workers
 
 SMALLER_TABLE = "lower engram.rows_per_head, or set memory.rows and memory.state to bfloat16"
 CHUNK_BYTES = 1 << 22
+DRAWN = 2048
+"""Rows that are drawn together: the initial values of rows between two multiples of it cost about as much as
+those of one. With small blocks threads wait for the interpreter, with large ones single rows are dear."""
 
 Initial = Callable[[int, int, Tensor], None]
 """Writes the initial records first, ..., first + count - 1 into out [count, S] on the CPU."""
@@ -105,7 +108,7 @@ def fill(
     at a time. The first error of any thread ends the filling and is raised.
     """
     step = max(1, CHUNK_BYTES // store.record_bytes)
-    step = step // 256 * 256 or step  # initial rows are drawn in blocks of 256
+    step = step // DRAWN * DRAWN or step
     chunks = range(0, store.rows, step)
     done, lock, stop = 0, threading.Lock(), threading.Event()
 
@@ -129,8 +132,11 @@ def fill(
             raise
 
     workers = Workers(threads or len(os.sched_getaffinity(0)))
+    within = torch.get_num_threads()
+    torch.set_num_threads(1)  # of new threads too: else each of them shares its copies out to all processors
     try:
         workers.share(len(chunks), part, grain=1)
     finally:
         stop.set()  # an interrupt of this thread too ends the others
         workers.close()
+        torch.set_num_threads(within)

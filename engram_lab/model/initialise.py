@@ -1,7 +1,7 @@
 """Initial weights as a function of (seed, name, place): equal in all cells of a study where shapes allow.
 
 Every parameter has its own stream of random numbers, keyed by the seed and its name, and every block of it
-a stream of its own: one expert of a stack, 256 rows of anything else. So a network with fewer experts, or
+a stream of its own: one expert of a stack, some rows of anything else. So a network with fewer experts, or
 fewer table rows, starts with a prefix of the larger one's weights, another part of the network changes
 nothing, and a block can be drawn without the blocks before it.
 """
@@ -14,9 +14,11 @@ import math
 import torch
 from torch import Tensor
 
+from engram_lab.memory.stores import DRAWN
 from engram_lab.model.transformer import Transformer
 
 _ROWS = 256
+"""Rows of a block, those of tables aside."""
 # Token embeddings start about as large as what a block adds to them: at 0.02 the blocks' first, random
 # results drown them, and a short run ends well behind.
 EMBEDDING_STD = 0.5
@@ -45,12 +47,12 @@ def initialise(network: Transformer, seed: int) -> None:
         else:
             inputs = parameter.shape[-2] if parameter.ndim == 3 else parameter.shape[-1]
             std = inputs**-0.5 / (depth if "out" in name.split(".") else 1.0)
-        draw(parameter, f"{seed}/{name}", std)
+        rows = DRAWN if roles[name] == "table" else 1 if parameter.ndim == 3 else _ROWS
+        draw(parameter, f"{seed}/{name}", std, rows)
 
 
-def draw(parameter: Tensor, key: str, std: float) -> None:
-    """Fill `parameter` with normal values, block by block, each from the stream of (key, block number)."""
-    size = 1 if parameter.ndim == 3 else _ROWS
+def draw(parameter: Tensor, key: str, std: float, size: int) -> None:
+    """Fill `parameter` with normal values, `size` rows at once from the stream of (key, block number)."""
     for number, block in enumerate(parameter.split(size)):
         values = _block(key, number, (size, *parameter.shape[1:]))
         block.copy_(values[: len(block)].mul_(std))
@@ -63,10 +65,10 @@ def initial_rows(seed: int, memory: int, first: int, out: Tensor) -> None:
     from several threads at once.
     """
     last = first + len(out)
-    for number in range(first // _ROWS, -(-last // _ROWS)):
-        start = number * _ROWS
-        a, b = max(first, start), min(last, start + _ROWS)
-        values = _block(f"{seed}/tables.{memory}.weight", number, (_ROWS, out.shape[1]))
+    for number in range(first // DRAWN, -(-last // DRAWN)):
+        start = number * DRAWN
+        a, b = max(first, start), min(last, start + DRAWN)
+        values = _block(f"{seed}/tables.{memory}.weight", number, (DRAWN, out.shape[1]))
         torch.mul(values[a - start : b - start], TABLE_STD, out=out[a - first : b - first])
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from engram_lab.memory.stores import DRAWN
 from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
@@ -81,9 +82,9 @@ def test_norms_start_at_one_and_convolutions_at_zero():
 
 def test_any_block_can_be_drawn_alone():
     whole = torch.empty(1000, 3)
-    draw(whole, "0/x", 1.0)
+    draw(whole, "0/x", 1.0, 256)
     prefix = torch.empty(300, 3)
-    draw(prefix, "0/x", 1.0)
+    draw(prefix, "0/x", 1.0, 256)
     assert torch.equal(whole[:300], prefix)
 
 
@@ -109,13 +110,21 @@ def test_rows_of_a_table_are_drawn_without_those_before_them(memory: int):
         n_layers=2,
         attention=AttentionConfig(n_heads=2),
         ffn=FeedForwardConfig(experts=5, top_k=2, expert_hidden=8),
-        engram=EngramConfig(layers=(0, 1), heads=2, row_dim=4, rows_per_head=211),
+        engram=EngramConfig(layers=(0, 1), heads=2, row_dim=4, rows_per_head=DRAWN),
     )
     model = Transformer(config)
     initialise(model, 3)
     table = model.get_parameter(f"tables.{memory}.weight").detach()
-    assert len(table) > 3 * 256
-    for first, last in ((0, len(table)), (0, 1), (255, 257), (300, 301), (256, 512), (17, 800), (7, 7)):
+    assert len(table) > 3 * DRAWN
+    for first, last in (
+        (0, len(table)),
+        (0, 1),
+        (DRAWN - 1, DRAWN + 1),
+        (DRAWN + 44, DRAWN + 45),
+        (DRAWN, 2 * DRAWN),
+        (17, 3 * DRAWN + 32),
+        (7, 7),
+    ):
         out = torch.full((last - first, 4), float("nan"))
         initial_rows(3, memory, first, out)
         assert torch.equal(out, table[first:last])
