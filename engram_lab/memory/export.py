@@ -16,6 +16,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -32,6 +33,7 @@ from engram_lab.errors import UserError
 from engram_lab.files import share_as_folder, write_atomically
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.room import require_disk
+from engram_lab.memory.row_copy import alone
 from engram_lab.memory.row_file import CHUNK, make_durable
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ if TYPE_CHECKING:
 
 INDEX = "rows.index.json"
 FORMAT = 1
-SHARD_BYTES = 1 << 29
-"""Bytes of rows in one shard; writing takes up to three times that in memory."""
+SHARD_BYTES = 1 << 28
+"""Bytes of rows in one shard; each writer takes up to three times that in memory."""
+WRITERS = 4
+"""Shards that are written at once."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def export_rows(
     row_dim: int,
     storage: RowStorage = "float32",
     max_shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write all rows of `store` into `folder`; what was exported there before stays until all is written.
 
@@ -80,10 +85,11 @@ def export_rows(
         folder: made if missing.
         tables: name and number of rows of each table, in the order of their rows in the store.
         weights: gives for records (uint8 [n, record_bytes], on the store's device) the weights a reader sees
-            after the last step, float32 [n, U].
+            after the last step, float32 [n, U]; called from several threads at once.
         row_dim: U.
         storage: format they are rounded to.
         max_shard_bytes: of rows in one shard.
+        progress: told (rows done, rows) after each shard.
 
     Raises:
         UserError: no room on the disk, or it cannot be written.
@@ -93,25 +99,38 @@ def export_rows(
     plan = _plan(tables, max(1, max_shard_bytes // stored.record_bytes))
     names = [f"rows-{i:05}-of-{len(plan):05}.safetensors" for i in range(1, len(plan) + 1)]
     partial = [folder / f".{name}.partial" for name in names]
-    shards = []
+    total, done, lock = sum(tables.values()), 0, Lock()
+
+    def written(name: str, aside: Path, parts: tuple[Part, ...]) -> Shard:
+        nonlocal done
+        tensors: dict[str, Tensor] = {}
+        for part in parts:
+            start = first_row[part.table]
+            records = _encoded(store, start + part.first, start + part.last, weights, stored, lock)
+            for kind, values in stored.fields(records).items():
+                tensors[_key(part.table, kind)] = values.contiguous()
+        save_file(tensors, aside)
+        share_as_folder(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        shard = Shard(name, *_checked(aside), parts)
+        with lock:
+            done += sum(part.last - part.first for part in parts)
+            if progress is not None:
+                progress(done, total)
+        return shard
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        total = sum(tables.values())
         require_disk(
             total * stored.record_bytes, folder, "make room there", what=f"Exporting {total:,} table rows"
         )
-        for name, aside, parts in zip(names, partial, plan, strict=True):
-            tensors: dict[str, Tensor] = {}
-            for part in parts:
-                start = first_row[part.table]
-                records = _encoded(store, start + part.first, start + part.last, weights, stored)
-                for kind, values in stored.fields(records).items():
-                    tensors[_key(part.table, kind)] = values.contiguous()
-            save_file(tensors, aside)
-            share_as_folder(aside)
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            shards.append(Shard(name, *_checked(aside), parts))
+        with alone():
+            writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="export")
+            try:
+                shards = list(writers.map(written, names, partial, plan))
+            finally:
+                writers.shutdown(cancel_futures=True)
         for name, aside in zip(names, partial, strict=True):
             os.replace(aside, folder / name)
         index = {
@@ -294,16 +313,23 @@ def _tile(parts: list[Part], tables: Mapping[str, int]) -> bool:
 
 
 def _encoded(
-    store: RowStore, first: int, last: int, weights: Callable[[Tensor], Tensor], stored: RecordLayout
+    store: RowStore,
+    first: int,
+    last: int,
+    weights: Callable[[Tensor], Tensor],
+    stored: RecordLayout,
+    reading: Lock,
 ) -> Tensor:
     """Return rows `first` to `last` of the store as records [n, record_bytes] of `stored`, on the CPU."""
     out = torch.empty((last - first, stored.record_bytes), dtype=torch.uint8)
     count = max(1, CHUNK // store.record_bytes)
     records = torch.empty((min(count, len(out)), store.record_bytes), dtype=torch.uint8, device=store.device)
-    for start in range(first, last, count):
-        ids = torch.arange(start, min(start + count, last), device=store.device)
-        store.read(ids, records[: len(ids)])
-        stored.encode(weights(records[: len(ids)]).cpu(), out[start - first : start - first + len(ids)])
+    with torch.cuda.device_of(records):
+        for start in range(first, last, count):
+            ids = torch.arange(start, min(start + count, last), device=store.device)
+            with reading:  # a store may be read by one thread at a time
+                store.read(ids, records[: len(ids)])
+            stored.encode(weights(records[: len(ids)]).cpu(), out[start - first : start - first + len(ids)])
     return out
 
 

@@ -9,12 +9,14 @@ Shapes: n rows copied, S bytes of one row.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -81,6 +83,20 @@ def _first_outside(ids: np.ndarray, rows: int) -> int:
         if ids[i] < 0 or ids[i] >= rows:
             return i
     return -1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let each thread that is started within run torch's operations by itself.
+
+    Else every one of them would share its own out to all processors.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Workers:

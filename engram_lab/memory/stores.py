@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engram_lab.errors import UserError
 from engram_lab.memory.room import GIB, require_memory
-from engram_lab.memory.row_copy import Workers
+from engram_lab.memory.row_copy import Workers, alone
 
 SMALLER_TABLE = "lower engram.rows_per_head, or set memory.rows and memory.state to bfloat16"
 CHUNK_BYTES = 1 << 22
@@ -132,11 +132,9 @@ def fill(
             raise
 
     workers = Workers(threads or len(os.sched_getaffinity(0)))
-    within = torch.get_num_threads()
-    torch.set_num_threads(1)  # of new threads too: else each of them shares its copies out to all processors
-    try:
-        workers.share(len(chunks), part, grain=1)
-    finally:
-        stop.set()  # an interrupt of this thread too ends the others
-        workers.close()
-        torch.set_num_threads(within)
+    with alone():
+        try:
+            workers.share(len(chunks), part, grain=1)
+        finally:
+            stop.set()  # an interrupt of this thread too ends the others
+            workers.close()

@@ -99,7 +99,8 @@ def _choose(
         experts = tl.where(slot == i, number[:, None], experts)
         open_ = tl.where(taken, float("-inf"), open_)
     if not SOFTMAX:
-        parts = tl.where(parts > -1e30, parts - tl.load(bias + experts), float("nan"))
+        # Rounded to 2^-24 of the sum; scores that vanish in it weigh alike.
+        parts = tl.where(parts > -1e30, tl.maximum(parts - tl.load(bias + experts), 1e-12), float("nan"))
     parts = tl.where(slot < K, parts, 0.0)
     live = (n < N)[:, None] & (slot < K)
     place = n[:, None] * K + slot

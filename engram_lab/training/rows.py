@@ -96,6 +96,7 @@ class TableRows(Callback):
         self.tables = nn.ModuleList(FarTable(memory) for memory in range(len(engram.layers)))
         self.checkpoints = RowCheckpoints(directory / "rows", self.layout, identity)
         self._pipeline: RowService | None = None
+        self._shows = False
         self._manifests: list[Manifest] = []
 
     @property
@@ -180,7 +181,8 @@ class TableRows(Callback):
             )
         else:
             self._pipeline = RowPipeline(store, self.layout, optimizer, self.first_row[:-1], **options)
-        with self._filling(trainer) as progress:
+        self._shows = trainer.progress_bar_callback is not None and trainer.is_global_zero
+        with self._progress("table rows") as progress:
             touched = self.checkpoints.restore(self._manifests, store, self.initial, owns, progress)
         self._pipeline.touched.mark(touched)
         self._pipeline.touched.take_recent()
@@ -201,15 +203,16 @@ class TableRows(Callback):
         return DiskStore(self.file, self.layout, rows, self.identity, cache_rows=cache, threads=threads)
 
     @contextmanager
-    def _filling(self, trainer: Trainer) -> Iterator[Callable[[int, int], None] | None]:
-        """Show how far the store is filled, where that takes a while and the run shows its progress."""
-        size = self.first_row[-1] * self.layout.record_bytes
-        if size < WORTH_A_BAR or trainer.progress_bar_callback is None or not trainer.is_global_zero:
+    def _progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
+        """Show how far filling or writing the table is, where that takes long and the run shows progress."""
+        rows = self.first_row[-1]
+        size = rows * self.layout.record_bytes
+        if size < WORTH_A_BAR or not self._shows:
             yield None
             return
         with Bar() as bar:
-            task = bar.add_task(f"{self.first_row[-1]:,} table rows, {size / 2**30:.0f} GiB")
-            yield lambda done, rows: bar.update(task, completed=done, total=rows)
+            task = bar.add_task(f"{rows:,} {what}, {size / 2**30:.0f} GiB")
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -257,7 +260,9 @@ class TableRows(Callback):
         """
         read_as = self.engram.row_storage
         with self.pipeline.whole() as store:
-            if store is not None:
+            if store is None:
+                return
+            with self._progress("rows to write") as progress:
                 export_rows(
                     store,
                     folder,
@@ -265,6 +270,7 @@ class TableRows(Callback):
                     self.pipeline.weights,
                     row_dim=self.engram.row_dim,
                     storage=self.config.rows if read_as == "float32" else read_as,
+                    progress=progress,
                 )
 
     def discard(self) -> None:

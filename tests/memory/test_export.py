@@ -14,6 +14,7 @@ from failures import largest_file, refusal
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engram_lab.errors import UserError
 from engram_lab.memory import export
 from engram_lab.memory.export import INDEX, SavedRows, export_rows, remove_rows
 from engram_lab.memory.host import HostStore
@@ -57,6 +58,28 @@ def table_of(values: Tensor, name: str) -> Tensor:
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_progress_ends_with_all_rows(tmp_path: Path) -> None:
+    told: list[tuple[int, ...]] = []
+    save(trained()[1], tmp_path, max_shard_bytes=5 * U * 4, progress=lambda *rows: told.append(rows))
+    assert len(told) == len(list(tmp_path.glob("*.safetensors"))) > 4
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1] == (ROWS, ROWS)
+
+
+def test_an_error_of_one_writer_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Path] = []
+
+    def fails(tensors: object, path: Path) -> None:
+        begun.append(path)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engram_lab.memory.export.save_file", fails)
+    with pytest.raises(UserError, match=r"cannot be exported to .*: No space left on device"):
+        save(trained()[1], tmp_path, max_shard_bytes=U * 4)
+    assert len(begun) < ROWS / 2
+    assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("storage", STORAGES)

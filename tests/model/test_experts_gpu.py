@@ -44,13 +44,23 @@ def parts(N, K, E, D, H, softmax):
     return x, draw(E, D, scale=D**-0.5), draw(E, scale=0.3 / (E if softmax else 1)), gate_up, out
 
 
+@pytest.mark.parametrize("softmax", [True, False])
 @pytest.mark.parametrize(("peaks", "push"), [(1, 1), (4, 1), (4, 10)])
-def test_weights_of_a_softmax_are_its_own_however_large_the_bias(peaks, push):
+def test_weights_are_of_the_scores_however_large_the_bias(peaks, push, softmax):
     x, weight, bias, _, _ = parts(64, 4, 200, 64, 32, True)
     weight, bias = peaks * weight, bias / bias.std() * push
-    found = route(x, weight, bias, 4, True)
-    scores = (x.double() @ weight.double().t()).softmax(-1).gather(1, found.chosen.long())
+    found = route(x, weight, bias, 4, softmax)
+    logits = x.double() @ weight.double().t()
+    scores = (logits.softmax(-1) if softmax else logits.sigmoid()).gather(1, found.chosen.long())
     assert off(found.weights, scores / scores.sum(dim=1, keepdim=True)) < 1e-4
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_scores_that_vanish_beside_a_bias_still_make_weights(K):
+    x, weight = torch.ones(5, 64, device="cuda").bfloat16(), torch.full((20, 64), -0.5, device="cuda")
+    bias = torch.zeros(20, device="cuda").index_fill_(0, torch.arange(K, device="cuda"), 9.0)
+    found = route(x, weight, bias, K, False)
+    torch.testing.assert_close(found.weights, torch.full((5, K), 1 / K, device="cuda"))
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -138,7 +148,7 @@ def test_routed_experts_equal_a_loop(N, K, E, D, H, softmax):
 @torch.no_grad()
 def test_matrices_of_more_than_2_to_the_31_values_are_found():
     E, D, H = 1024, 1024, 2048
-    x, weight = torch.randn(200, D, device="cuda").bfloat16(), torch.randn(E, D, device="cuda")
+    x, weight = torch.randn(200, D, device="cuda").bfloat16(), torch.randn(E, D, device="cuda") * D**-0.5
     bias = torch.zeros(E, device="cuda").index_fill_(0, torch.tensor(E - 1, device="cuda"), 9.0)
     gate_up = torch.zeros(E, D, 2 * H, device="cuda", dtype=torch.bfloat16)
     out = torch.zeros(E, H, D, device="cuda", dtype=torch.bfloat16)

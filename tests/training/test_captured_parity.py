@@ -23,9 +23,11 @@ from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 STEPS = 12
 LENGTH, BATCH, WIDTH = 64, 4, 128
-LOSS, MOVED = 1e-4, 2e-2
+LOSS, MOVED = 1e-4, 5e-3
 """Relative differences of losses, and of the norm of what a step changes: sums in another order move single
 bfloat16 numbers."""
+EPS = 1e-3
+"""Adam's, about a gradient's values here: with less, rounding of small ones would turn whole steps around."""
 
 
 def network(own_tables: bool, device: str) -> Transformer:
@@ -48,7 +50,9 @@ class Training:
     def __init__(self, net: Transformer, captured: bool, compiled: bool, device: str) -> None:
         prepare(net, ExecutionConfig(compile=compiled), torch.device(device))
         self.net, self.device = net, device
-        self.optimizer = build_optimizer(net.named_parameters(), net.parameter_roles(), OptimizerConfig())
+        self.optimizer = build_optimizer(
+            net.named_parameters(), net.parameter_roles(), OptimizerConfig(eps=EPS)
+        )
         self.captured = CapturedStep(net, net.loss, self.optimizer) if captured else None
         self.run: Callable[..., Tensor] = self.captured or net.loss
 
@@ -82,8 +86,10 @@ class Training:
             here.detach().copy_(there.detach())
 
 
-def near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).norm() <= MOVED * wanted.norm())
+def off(found: Tensor, wanted: Tensor) -> float:
+    """Return the difference's norm, relative; 0 where both are 0."""
+    difference = (found - wanted).norm().item()
+    return difference / wanted.norm().item() if difference else 0.0
 
 
 @pytest.mark.parametrize(
@@ -124,16 +130,16 @@ def test_a_captured_step_does_what_a_launched_one_does(own_tables: bool, device:
         if not own_tables:
             assert leaves[0].grad is not None
             assert leaves[1].grad is not None
-            assert near(leaves[1].grad, leaves[0].grad)
+            assert off(leaves[1].grad, leaves[0].grad) <= MOVED
         moves = [
             torch.cat(
                 [(after.detach() - p).flatten() for after, p in zip(net.parameters(), before, strict=True)]
             )
             for net in (second, first)
         ]
-        assert near(*moves)
+        assert off(*moves) <= MOVED
         for found, wanted in zip(captured.state(), launched.state(), strict=True):
-            assert near(found, wanted)
+            assert off(found, wanted) <= MOVED
         for layer in (block.ffn for block in second.blocks):
             assert isinstance(layer, Experts)
             assert (layer.narrow is None) == (device == "cpu")

@@ -85,9 +85,11 @@ def test_tiers_differ_on_a_gpu_no_more_than_two_runs_do(
 
 
 def test_unique_rows_train_as_the_dense_table_does(tiny: dict[str, Any], tmp_path: Path) -> None:
-    dense = losses(recipe(tiny, tmp_path / "dense", {}))
-    rows = losses(recipe(tiny, tmp_path / "rows", RESIDENT))
-    assert rows == pytest.approx(dense, abs=2e-4)
+    # Without experts: gradients are added up in another order, and one token's other choice is no rounding.
+    values = {**tiny, "budget": {}, "model": {**tiny["model"], "ffn": {"experts": 0}}}
+    dense = losses(recipe(values, tmp_path / "dense", {}))
+    rows = losses(recipe(values, tmp_path / "rows", RESIDENT))
+    assert rows == pytest.approx(dense, abs=1e-4)
 
 
 @pytest.mark.parametrize("memory", [RESIDENT, HOST, DISK], ids=["resident", "host", "disk"])
