@@ -285,6 +285,8 @@ def test_two_cpu_processes_with_sharded_parameters_train_what_one_does(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     """Also where they compute every block twice."""
+    # With a smaller eps Adam makes whole steps of gradients that are nothing but rounding.
+    tiny["optimizer"] = {**tiny["optimizer"], "eps": 1e-3}
     recipe = Recipe.from_dict(tiny)
     alone = train(moved(recipe, tmp_path / "alone"), progress_bar=False)
     strategy = {
@@ -311,7 +313,6 @@ def test_two_cpu_processes_with_sharded_parameters_train_what_one_does(
                for r in (recipe, moved(recipe, tmp_path / "alone"))]  # fmt: skip
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
-        # one element alone may go elsewhere: Adam turns where a gradient is nothing but rounding
         other = weights[1][name].double()
         assert (weight.double() - other).norm() <= 1e-3 * other.norm(), name
 
