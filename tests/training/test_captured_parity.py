@@ -23,9 +23,10 @@ from engram_lab.training.optimizer import OptimizerConfig, build_optimizer
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 STEPS = 12
 LENGTH, BATCH, WIDTH = 64, 4, 128
-LOSS, MOVED = 1e-4, 5e-3
-"""Relative differences of losses, and of the norm of what a step changes: sums in another order move single
-bfloat16 numbers."""
+LOSS = 1e-4
+MOVED = {False: 1e-4, True: 5e-2}
+"""Relative differences of losses, and of the norm of what a step changes. Compiled, the two differ in what is
+kept for the backward pass and what is computed again, and so in where bfloat16 rounds."""
 EPS = 1e-3
 """Adam's, about a gradient's values here: with less, rounding of small ones would turn whole steps around."""
 
@@ -130,16 +131,16 @@ def test_a_captured_step_does_what_a_launched_one_does(own_tables: bool, device:
         if not own_tables:
             assert leaves[0].grad is not None
             assert leaves[1].grad is not None
-            assert off(leaves[1].grad, leaves[0].grad) <= MOVED
+            assert off(leaves[1].grad, leaves[0].grad) <= MOVED[compiled]
         moves = [
             torch.cat(
                 [(after.detach() - p).flatten() for after, p in zip(net.parameters(), before, strict=True)]
             )
             for net in (second, first)
         ]
-        assert off(*moves) <= MOVED
+        assert off(*moves) <= MOVED[compiled]
         for found, wanted in zip(captured.state(), launched.state(), strict=True):
-            assert off(found, wanted) <= MOVED
+            assert off(found, wanted) <= MOVED[compiled]
         for layer in (block.ffn for block in second.blocks):
             assert isinstance(layer, Experts)
             assert (layer.narrow is None) == (device == "cpu")
