@@ -2,9 +2,9 @@
 
     python benchmarks/serving_disk.py --directory FOLDER --tokens tokens.npy --out serving_disk.json
 
-Two batches of real text (or of words drawn by Zipf's law, without `--tokens`) take turns on a dense backbone
+Batches of real text (or of words drawn by Zipf's law, without `--tokens`) take turns on a dense backbone
 with random weights, the module in its second block: prefilled in chunks, the shortest first, whose rows are
-asked for two chunks ahead, and continued token by token, whose rows are read during the other batch's step.
+asked for two chunks ahead, and continued token by token, whose rows are read during the others' steps.
 Rows are read around the page cache; a sixteenth of them may be kept in memory. One way reads a small table on
 the device, the other the file, in turn, on the same text:
 
@@ -14,7 +14,7 @@ the device, the other the file, in turn, on the same text:
 
 Where more rows are missing than the disk can read meanwhile, the disk is the limit: `bound` is the time of
 the small table, or that of as many reads as there were at the speed that random reads alone had, whichever is
-longer.
+longer. That speed is the median of probes, one before each text: a disk's changes from minute to minute.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def make_table(path: Path, layout: RecordLayout, rows: int) -> float | None:
     return time.perf_counter() - began
 
 
-def reads_per_second(path: Path, layout: RecordLayout, rows: int, count: int) -> list[float]:
-    """Return the speed of reading so many rows from anywhere, several times."""
+def reads_per_second(path: Path, layout: RecordLayout, rows: int, count: int, times: int) -> list[float]:
+    """Return the speed of reading so many rows from anywhere, so many times."""
     store = DiskStore(path, layout, rows, FINGERPRINT, writable=False, cache_rows=0)
     out, speeds = torch.empty(count, layout.record_bytes, dtype=torch.uint8), []
-    for turn in range(4):
+    for turn in range(1 + times):
         ids = torch.randint(0, rows, (count if turn else min(count, 64),))  # the first compiles
         began = time.perf_counter()
         store.read(ids, out)
@@ -105,11 +105,11 @@ class Texts:
         self._at = 0
 
     def next(self) -> tuple[list[list[Prompt]], list[torch.Tensor]]:
-        """Return each batch's prompts, and the ids [new + 1, B] that follow them."""
+        """Return every batch's prompts, and the ids [new + 1, B] that follow them."""
         options = self.options
         prompts: list[list[Prompt]] = []
         coming = []
-        for _ in range(2):
+        for _ in range(options.turns):
             chunks, after = [], []
             count = options.batch // options.chunk
             for length in np.sort(self._lengths.integers(options.shortest, options.longest + 1, count)):
@@ -135,9 +135,8 @@ def measure(
     text: tuple[list[list[Prompt]], list[torch.Tensor]],
     turn: int,
     steps: int,
-    speed: float,
 ) -> dict[str, Any]:
-    """Serve one text both ways; `turn` says which is first, `speed` is in reads per second."""
+    """Serve one text both ways; `turn` says which is first."""
     prompts, coming = text
     pair: dict[str, Any] = {}
     rows: dict[str, Any] = {}
@@ -159,15 +158,16 @@ def measure(
                 }
         pair[way] = taken
     pair["rows"] = rows
-    pair["bound"] = {part: max(pair["small"][part], rows[part]["reads"] / speed) for part in BOTH}
     for part in BOTH:
         rows[part]["reads_per_second"] = rows[part]["reads"] / pair["small"][part]
     return pair
 
 
-def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return losses and reads by what was served."""
+def summarise(pairs: list[dict[str, Any]], speed: float) -> dict[str, Any]:
+    """Return losses and reads by what was served from a disk of this speed, in reads per second."""
     found: dict[str, Any] = {}
+    for pair in pairs:
+        pair["bound"] = {part: max(pair["small"][part], pair["rows"][part]["reads"] / speed) for part in BOTH}
     for regime in dict.fromkeys(pair["regime"] for pair in pairs):
         mine = [pair for pair in pairs if pair["regime"] == regime]
         found[regime] = {
@@ -197,7 +197,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6, help="texts, the cold one included")
     parser.add_argument("--again", type=int, default=4, help="repetitions of the last text")
     parser.add_argument("--seconds", type=float, default=120, help="after which no text is begun")
-    parser.add_argument("--batch", type=int, default=64, help="sequences of each of two batches")
+    parser.add_argument("--batch", type=int, default=64, help="sequences of each batch")
+    parser.add_argument("--turns", type=int, default=3, help="batches that take turns")
     parser.add_argument("--chunk", type=int, default=16, help="sequences prefilled at once")
     parser.add_argument("--shortest", type=int, default=100)
     parser.add_argument("--longest", type=int, default=512)
@@ -218,9 +219,8 @@ def main() -> None:
     if options.make_only:
         print(f"{path}: {rows * layout.record_bytes / 1e9:.2f} GB written in {written} s")
         return
-    bursts = reads_per_second(path, layout, rows, options.burst)
-    speeds = reads_per_second(path, layout, rows, options.probe)
-    speed = float(np.median(speeds))
+    bursts = reads_per_second(path, layout, rows, options.burst, 3)
+    speeds: list[float] = []
     store = DiskStore(
         path,
         layout,
@@ -249,7 +249,8 @@ def main() -> None:
         longest, heads = options.longest + options.new + 8, 2 * options.heads
         backbone = Backbone(SHAPES[options.backbone], longest, device, dtype)
         batches = [
-            Batch(backbone, options.batch, longest, options.new + 8, heads, options.row_dim) for _ in range(2)
+            Batch(backbone, options.batch, longest, options.new + 8, heads, options.row_dim)
+            for _ in range(options.turns)
         ]
         memories = {
             "small": build_memory(small_config, small, layout, backbone, far=False, few=0),
@@ -275,9 +276,11 @@ def main() -> None:
             if number < options.pairs:
                 text = texts.next()
             regime = "cold" if number == 0 else "new text" if number < options.pairs else "again"
-            pairs.append({"regime": regime, **measure(runner, store, text, number, options.new, speed)})
+            speeds += reads_per_second(path, layout, rows, options.probe, 1)
+            pairs.append({"regime": regime, **measure(runner, store, text, number, options.new)})
             print(json.dumps(pairs[-1]), flush=True)
-            results |= {"decode_error": error, "pairs": pairs, "summary": summarise(pairs)}
+            summary = summarise(pairs, float(np.median(speeds)))
+            results |= {"decode_error": error, "pairs": pairs, "summary": summary}
             write_atomically(options.out, json.dumps(results, indent=1) + "\n")
         runner.close()
     store.close()

@@ -23,7 +23,7 @@ from engram_lab.model.transformer import Transformer
 WORTH_A_GRAPH = 16
 """Steps from which on a graph is captured: that takes about as long as a few steps without it."""
 AT_ONCE = 2
-"""Batches that take turns."""
+"""Batches that take turns; one more where threads read rows, so that a slow read has two steps to end in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +81,16 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
     return torch.tensor(rows, device=device), torch.tensor(padding, device=device)
 
 
+def _read_by_threads(network: Transformer) -> bool:
+    """Whether a graph cannot read the rows of some table."""
+    return any(isinstance(table, ServingTable) and not table.captures for table in network.tables)
+
+
 class Decoder:
     """One batch on its way: `take` gives what was drawn last, `advance` computes the next.
 
-    `advance` returns before the device is done, so that two batches may take turns: while one is computed,
-    rows of the other's tables are read. On a GPU a step is one CUDA graph, in which tables are read that a
+    `advance` returns before the device is done, so that batches may take turns: while one is computed, rows
+    of the others' tables are read. On a GPU a step is one CUDA graph, in which tables are read that a
     graph can read; the others are asked as soon as the ids are known, and joined before the step. A few steps
     are not worth the capture, and experts that a kernel cannot take ask the host for their loads. A GPU works
     as it does in training: in bfloat16 where the weights are in float32. The network is put into evaluation
@@ -116,10 +121,7 @@ class Decoder:
         self._generator = torch.Generator(device).manual_seed(sampling.seed)
         self._ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
         self._ids = ids[:, :1].clone()
-        self._ahead = network.hash is not None and (
-            network.hash.salted
-            or any(isinstance(table, ServingTable) and not table.captures for table in network.tables)
-        )
+        self._ahead = network.hash is not None and (network.hash.salted or _read_by_threads(network))
         self._joins: list[Callable[[], Tensor]] = []
         self._readings: Tensor | None = None
         captures = length >= WORTH_A_GRAPH and not self._asks_the_host()
@@ -221,10 +223,11 @@ def generate(
 ) -> list[list[int]]:
     """Return up to `length` new token ids for every prompt; one that ended keeps its end-of-text id.
 
-    Prompts are taken `batch` at a time, those of like length together, or all at once; two batches take turns
-    (see `Decoder`). Each batch draws from a seed of its own.
+    Prompts are taken `batch` at a time, those of like length together, or all at once; two batches take
+    turns, three with a table on disk (see `Decoder`). Each batch draws from a seed of its own.
     """
     sampling = sampling or Sampling()
+    at_once = AT_ONCE + _read_by_threads(network)
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     size = batch or max(1, len(prompts))
     groups = [sorted(by_length[first : first + size]) for first in range(0, len(prompts), size)]
@@ -232,7 +235,7 @@ def generate(
     lanes: list[tuple[list[int], Decoder]] = []
     continuations: list[list[int]] = [[] for _ in prompts]
     while waiting or lanes:
-        while waiting and len(lanes) < AT_ONCE:
+        while waiting and len(lanes) < at_once:
             number, group = waiting.popleft()
             seeded = replace(sampling, seed=sampling.seed + number)
             lanes.append((group, Decoder(network, [prompts[n] for n in group], length, seeded)))
