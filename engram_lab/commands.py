@@ -247,14 +247,16 @@ def list_runs(directory: Path) -> None:
     found = runs(directory)
     if not found:
         raise UserError(f"there are no runs in {str(directory)!r}; engram-lab run RECIPE trains one.")
-    table = Table(Column("run", no_wrap=True), "name", "rho", "seed", "state", "loss", box=None)
+    table = Table(
+        Column("run", no_wrap=True), "name", Column("cell", no_wrap=True), "state", "loss", box=None
+    )
     for run in found:
         state = "finished"
         if run.loss is None:
-            state = "unfinished" + ("" if run.saved_step is None else f", saved at step {run.saved_step}")
-        rho = "" if run.rho is None else f"{run.rho:g}"
+            state = "running" if run.running else "unfinished"
+            state += "" if run.saved_step is None else f", saved at step {run.saved_step}"
         loss = "" if run.loss is None else f"{run.loss:.4f}"
-        table.add_row(run.identity, run.name, rho, str(run.seed), state, loss)
+        table.add_row(run.identity, run.name, run.cell, state, loss)
     console.print(table, highlight=False)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study has hundreds of recipes to read
 
@@ -18,11 +21,12 @@ class ListedRun:
     identity: str
     name: str
     """The recipe's: of a study's cell, that of the study."""
-    rho: float | None
-    """Nominal; None for a network taken as written."""
-    seed: int
+    cell: str
+    """What the study calls it; of a model trained on its own, its share and its seed."""
     loss: float | None
     """Final validation loss in nats a token; None while the run is unfinished."""
+    running: bool
+    """A process of this machine trains it right now."""
     saved_step: int | None
     """Step of the checkpoint that an unfinished run goes on from."""
 
@@ -32,17 +36,46 @@ def runs(directory: Path) -> list[ListedRun]:
     with.
     """
     recipes = sorted((directory / "runs").glob("*/recipe.yaml"), key=lambda file: file.stat().st_mtime)
-    return [_listed(file) for file in recipes]
+
+    @cache
+    def labels(study: str) -> dict[str, str]:
+        return _labels(directory / "studies" / study / "job.json")
+
+    return [_listed(file, labels) for file in recipes]
 
 
-def _listed(file: Path) -> ListedRun:
+def _listed(file: Path, labels: Callable[[str], dict[str, str]]) -> ListedRun:
     recipe = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     result, steps = file.with_name("result.json"), file.parent.glob("checkpoints/step=*.ckpt")
+    rho, identity = recipe["budget"]["rho"], file.parent.name
+    alone = ("" if rho is None else f"rho {rho:g} ") + f"seed {recipe['seed']}"
+    loss = json.loads(result.read_text())["loss"] if result.exists() else None
     return ListedRun(
-        identity=file.parent.name,
+        identity=identity,
         name=recipe["name"],
-        rho=recipe["budget"]["rho"],
-        seed=recipe["seed"],
-        loss=json.loads(result.read_text())["loss"] if result.exists() else None,
+        cell=labels(recipe["name"]).get(identity, alone),
+        loss=loss,
+        running=loss is None and _held(file.with_name("lock")),
         saved_step=max((int(step.stem.split("=")[1]) for step in steps), default=None),
     )
+
+
+def _labels(job: Path) -> dict[str, str]:
+    """What a study calls its cells, by the identities of their runs."""
+    if not job.is_file():
+        return {}
+    cells = json.loads(job.read_text(encoding="utf-8"))["cells"]
+    return {identity: cell["label"] for identity, cell in cells.items()}
+
+
+def _held(lock: Path) -> bool:
+    """Say whether a process holds the lock that a run is trained under (`engram_lab.training.run`)."""
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a folder that may only be read: whether it is held cannot be asked
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from engram_lab.cli import main
 from engram_lab.recipe import Recipe
@@ -186,10 +188,32 @@ def test_every_run_is_listed_with_its_state(
     assert main(["runs"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     assert lines == [
-        ["c0ffee", "tiny", "0.5", "3", "finished", "3.2100"],
-        ["abba", "tiny", "0.5", "0", "unfinished,", "saved", "at", "step", "12"],
-        ["deed", "tiny", "0.5", "1", "unfinished"],
+        ["c0ffee", "tiny", "rho", "0.5", "seed", "3", "finished", "3.2100"],
+        ["abba", "tiny", "rho", "0.5", "seed", "0", "unfinished,", "saved", "at", "step", "12"],
+        ["deed", "tiny", "rho", "0.5", "seed", "1", "unfinished"],
     ]
+
+
+def test_cells_are_listed_as_their_study_names_them_and_a_trained_one_as_running(
+    tiny: dict[str, Any], in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cells of a memory sweep differ in nothing that a recipe's rho and seed would show."""
+    cells = {"abba": "table 0 seed 1", "deed": "table 2048 seed 1"}
+    for identity in cells:
+        folder = Path("mlruns") / "runs" / identity
+        folder.mkdir(parents=True)
+        recipe = Recipe.from_dict({**tiny, "budget": {"rho": None}, "seed": 1})
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+        (folder / "lock").touch()
+    study = Path("mlruns/studies/tiny")
+    study.mkdir(parents=True)
+    job = {"cells": {identity: {"label": label} for identity, label in cells.items()}}
+    (study / "job.json").write_text(json.dumps(job))
+    with FileLock("mlruns/runs/deed/lock"):
+        assert main(["runs"]) == 0
+    listed = sorted(capsys.readouterr().out.splitlines()[1:])
+    assert "tiny  table 0 seed 1     unfinished" in listed[0]
+    assert "tiny  table 2048 seed 1  running" in listed[1]
 
 
 def test_dry_run_prints_every_cell_and_trains_none(
