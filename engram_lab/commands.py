@@ -251,10 +251,8 @@ def list_runs(directory: Path) -> None:
         Column("run", no_wrap=True), "name", Column("cell", no_wrap=True), "state", "loss", box=None
     )
     for run in found:
-        state = "finished"
-        if run.loss is None:
-            state = "running" if run.running else "unfinished"
-            state += "" if run.saved_step is None else f", saved at step {run.saved_step}"
+        saved = run.loss is None and run.saved_step is not None
+        state = f"{run.state}, saved at step {run.saved_step}" if saved else run.state
         loss = "" if run.loss is None else f"{run.loss:.4f}"
         table.add_row(run.identity, run.name, run.cell, state, loss)
     console.print(table, highlight=False)

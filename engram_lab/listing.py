@@ -1,4 +1,8 @@
-"""Which runs there are, from their folders alone: whether a model was trained on its own or in a study."""
+"""Which runs there are, by their folders: whether a model was trained on its own or in a study.
+
+A run that ended without a result left the same folder whether it was stopped or failed: which of them, the
+store knows.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from filelock import FileLock, Timeout
 
+from engram_lab.errors import UserError
+
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study has hundreds of recipes to read
+MOST_RUNS = 50_000  # the largest page that MLflow hands out
+State = Literal["finished", "running", "failed", "unfinished"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +34,8 @@ class ListedRun:
     """What the study calls it; of a model trained on its own, its share and its seed."""
     loss: float | None
     """Final validation loss in nats a token; None while the run is unfinished."""
-    running: bool
-    """A process of this machine trains it right now."""
+    state: State
+    """`running` is what a process of this machine trains right now."""
     saved_step: int | None
     """Step of the checkpoint that an unfinished run goes on from."""
 
@@ -41,21 +50,31 @@ def runs(directory: Path) -> list[ListedRun]:
     def labels(study: str) -> dict[str, str]:
         return _labels(directory / "studies" / study / "job.json")
 
-    return [_listed(file, labels) for file in recipes]
+    failed = cache(_failed)
+    return [_listed(file, labels, failed) for file in recipes]
 
 
-def _listed(file: Path, labels: Callable[[str], dict[str, str]]) -> ListedRun:
+def _listed(
+    file: Path, labels: Callable[[str], dict[str, str]], failed: Callable[[str, str], set[str]]
+) -> ListedRun:
     recipe = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     result, steps = file.with_name("result.json"), file.parent.glob("checkpoints/step=*.ckpt")
     rho, identity = recipe["budget"]["rho"], file.parent.name
     alone = ("" if rho is None else f"rho {rho:g} ") + f"seed {recipe['seed']}"
     loss = json.loads(result.read_text())["loss"] if result.exists() else None
+    state: State = "unfinished"
+    if loss is not None:
+        state = "finished"
+    elif _held(file.with_name("lock")):
+        state = "running"
+    elif identity in failed(recipe["tracking"]["uri"], recipe["name"]):
+        state = "failed"
     return ListedRun(
         identity=identity,
         name=recipe["name"],
         cell=labels(recipe["name"]).get(identity, alone),
         loss=loss,
-        running=loss is None and _held(file.with_name("lock")),
+        state=state,
         saved_step=max((int(step.stem.split("=")[1]) for step in steps), default=None),
     )
 
@@ -79,3 +98,24 @@ def _held(lock: Path) -> bool:
         return True
     except OSError:  # a folder that may only be read: whether it is held cannot be asked
         return False
+
+
+def _failed(uri: str, experiment: str) -> set[str]:
+    """Identities of the experiment's runs that the store calls failed; none where no store answers."""
+    from engram_lab.tracking import names
+    from engram_lab.tracking.client import client, database_path, one_sentence, resolve
+
+    try:
+        uri = resolve(uri)
+        if (path := database_path(uri)) is not None and not path.exists():
+            return set()
+        with one_sentence(uri):
+            found = client(uri).get_experiment_by_name(experiment)
+            if found is None:
+                return set()
+            runs = client(uri).search_runs(
+                [found.experiment_id], "attributes.status = 'FAILED'", max_results=MOST_RUNS
+            )
+    except UserError:  # the folders are worth listing without it
+        return set()
+    return {run.data.tags.get(names.IDENTITY, "") for run in runs}

@@ -16,6 +16,7 @@ import yaml
 from filelock import FileLock
 
 from engram_lab.cli import main
+from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -214,6 +215,19 @@ def test_cells_are_listed_as_their_study_names_them_and_a_trained_one_as_running
     listed = sorted(capsys.readouterr().out.splitlines()[1:])
     assert "tiny  table 0 seed 1     unfinished" in listed[0]
     assert "tiny  table 2048 seed 1  running" in listed[1]
+
+
+def test_a_run_that_failed_before_its_first_step_is_listed_as_failed(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise UserError("no room for the tables.")
+
+    monkeypatch.setattr("engram_lab.training.run.fit", broken)
+    assert main(["run", str(file)]) == 2
+    capsys.readouterr()
+    assert main(["runs"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "failed"
 
 
 def test_dry_run_prints_every_cell_and_trains_none(
