@@ -29,10 +29,15 @@ def code_version() -> dict[str, str]:
             names.CODE_VERSION: f"git:{commit}" + ("+changes" if changed else ""),
             names.GIT_COMMIT: commit,
         }
+    return {names.CODE_VERSION: release()}
+
+
+def release() -> str:
+    """Return "engram-lab VERSION" of the installed package; "unknown" where it is not installed."""
     try:
-        return {names.CODE_VERSION: f"engram-lab {metadata.version('engram-lab')}"}
+        return f"engram-lab {metadata.version('engram-lab')}"
     except metadata.PackageNotFoundError:
-        return {names.CODE_VERSION: "unknown"}
+        return "unknown"
 
 
 @lru_cache(maxsize=1)
