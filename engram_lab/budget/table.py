@@ -18,10 +18,16 @@ CONVENTIONS = (
     "sequence, head included.",
 )
 MODES = {
-    "published": "published: rows replace experts; the memory's projections come on top, outside Δ total.",
-    "strict": "strict: the projections are paid for, at rho = 1 by wider shared experts; the router's FLOPs, "
-    "which vary with the experts, are outside Δ FLOPs.",
+    "published": "published: rows replace experts; the memory's projections come on top, so that totals are "
+    "above that of rho = 1 by them. Δ is from rho = 1, of what the heading names.",
+    "strict": "strict: the projections are paid for, at rho = 1 by wider shared experts; the router's FLOPs "
+    "vary with the experts. Δ is from rho = 1, of what the heading names.",
 }
+DIFFERENCES = {
+    "published": {"Δ total": "Δ total less projections"},
+    "strict": {"Δ FLOPs": "Δ FLOPs less router"},
+}
+"""By mode: headings of columns whose differences leave something out (`engram_lab.budget.solve`)."""
 AS_WRITTEN = (
     "tables on top: all experts stay and rows are added, so that totals differ by design and have no Δ."
 )
@@ -57,15 +63,26 @@ def budget_table(cells: Sequence[Allocation], names: Sequence[str] = ()) -> str:
     `names` stand in the first column instead of rho.
     """
     lines = [_line(cell) for cell in cells]
-    headings: tuple[str, ...] = HEADINGS
+    headings = _headings(cells)
     if names:
-        headings = ("cell", *HEADINGS[1:])
+        headings = ("cell", *headings[1:])
         lines = [(name, *line[1:]) for name, line in zip(names, lines, strict=True)]
     modes = {cell.mode for cell in cells if cell.rho is not None}
     notes = [text for mode, text in MODES.items() if mode in modes]
     if any(cell.rho is None for cell in cells):
         notes.append(AS_WRITTEN)
     return "\n".join([align([headings, *lines]), "", *notes, *CONVENTIONS, *_warnings(cells)])
+
+
+def _headings(cells: Sequence[Allocation]) -> tuple[str, ...]:
+    """Return the headings; those of differences say what is left out of them."""
+    said: dict[str, str] = {}
+    for cell in cells:
+        memory = cell.network.engram
+        none_left_out = memory is None or memory.module == "mlp"  # which is sized as a whole: it has no rows
+        if cell.rho is not None and not (cell.mode == "published" and none_left_out):
+            said |= DIFFERENCES[cell.mode]
+    return tuple(said.get(name, name) for name in HEADINGS)
 
 
 def _warnings(cells: Sequence[Allocation]) -> Iterator[str]:

@@ -42,6 +42,27 @@ def test_one_line_a_rho_with_what_was_solved(mode):
     assert "token embedding" in lines[-2]
 
 
+def test_differences_say_what_they_leave_out():
+    """In `published` mode totals differ by the projections, and in `strict` mode FLOPs by the router's."""
+
+    def headings(mode):
+        cells = solve_all(NETWORK, (1.0, 0.7), BudgetConfig(mode=mode), sequence_length=128)
+        return [name.strip() for name in budget_table(cells).splitlines()[0].split("  ") if name]
+
+    published, strict = headings("published"), headings("strict")
+    assert "Δ total less projections" in published
+    assert "Δ FLOPs" in published
+    assert "Δ total" in strict
+    assert "Δ FLOPs less router" in strict
+
+
+def test_an_mlp_has_nothing_left_out_of_its_total():
+    network = replace(NETWORK, engram=EngramConfig(module="mlp"))
+    cells = solve_all(network, (1.0, 0.7), BudgetConfig(mode="published"), sequence_length=128)
+    assert "less" not in budget_table(cells).splitlines()[0]
+    assert abs(cells[1].total_parameters / cells[0].total_parameters - 1 - cells[1].total_mismatch) < 1e-12
+
+
 def test_components_add_up():
     table = component_table(NETWORK, sequence_length=128)
     body, notes = table.split("\n\n")
