@@ -28,7 +28,7 @@ from engram_lab.training.optimizer import OptimizerConfig
 if TYPE_CHECKING:
     from engram_lab.text import TokenCorpus, UnreadText
 
-SCHEMA_VERSION = 1  # part of every run's identity; raise it when an old recipe would now train differently
+SCHEMA_VERSION = 2  # part of every run's identity; raise it when an old recipe would now train differently
 
 # Trainer settings that decide where and how a run is executed, not what it computes.
 EXECUTION_ONLY = frozenset(
