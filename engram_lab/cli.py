@@ -183,7 +183,10 @@ def _parser() -> argparse.ArgumentParser:
 
     ui = commands.add_parser("ui", help="browse the runs in MLflow's pages")
     ui.add_argument("--uri", default=DEFAULT_URI, help=f"default: {DEFAULT_URI}")
-    ui.add_argument("--port", type=int, default=5000)
+    ui.add_argument(
+        "--host", default="127.0.0.1", help="interface to listen on; default: 127.0.0.1, this machine alone"
+    )
+    ui.add_argument("--port", type=int, default=5000, help="default: 5000")
     ui.set_defaults(call=_ui)
 
     doctor = commands.add_parser("doctor", help="check the installation, the devices and the store")
@@ -278,7 +281,7 @@ def _ui(parsed: argparse.Namespace) -> int | None:
 
     if not 1 <= parsed.port <= 65535:
         raise UserError(f"--port is {parsed.port}; it must lie between 1 and 65535.")
-    return serve(parsed.uri, port=parsed.port)
+    return serve(parsed.uri, port=parsed.port, host=parsed.host)
 
 
 def _doctor(parsed: argparse.Namespace) -> int | None:
