@@ -175,14 +175,17 @@ def _fit(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from scaling.files import context_of
+    from scaling.files import check_replaceable, context_of, copy_configurations
     from scaling.report import write_report
 
     if not given.out:
         raise ScalingError("--out is empty; the name of a folder is needed.")
     try:
-        context = context_of(Path(given.table))
-        path = write_report(runs(given), given.out, title=given.title, context=context)
+        source, out = Path(given.table), Path(given.out)
+        check_replaceable(out, given.table)
+        frame = runs(given)
+        path = write_report(frame, out, title=given.title, context=context_of(source))
+        copy_configurations(source, out, frame["run"] if "run" in frame.columns else ())
     except OSError as error:
         raise ScalingError(f"--out {given.out!r} cannot be written: {error.strerror or error}.") from error
     print(path)

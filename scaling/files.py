@@ -6,8 +6,9 @@ import csv
 import gzip
 import io
 import json
+import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import polars as pl
@@ -17,6 +18,8 @@ from scaling.schema import NULLS
 
 RUNS, CONTEXT = "runs.parquet", "context.json"
 """What a report's folder keeps of its runs, and of what they do not say."""
+CONFIGURATIONS = "configurations"
+"""The folder in it that holds what made each run, `<run>.yaml`, where a study wrote the report."""
 SEPARATORS = (",", ";", "\t", "|")
 _SPELLINGS = sorted({spelt for null in NULLS for spelt in (null, null.upper(), null.title(), "N/a", "NaN")})
 
@@ -76,6 +79,38 @@ def context_of(folder: Path) -> dict[str, object]:
     if not isinstance(found, dict):
         raise ScalingError(f"File {str(file)!r} holds a {type(found).__name__}; a mapping is needed.")
     return found
+
+
+def check_replaceable(folder: Path, table: str) -> None:
+    """Raise `ScalingError` where a report of `table` would replace one in `folder` that holds more."""
+    source = Path(table)
+    lost = ["context"] if context_of(folder) and not context_of(source) else []
+    if _configurations(folder) and not _configurations(source):
+        lost.append(CONFIGURATIONS)
+    if lost:
+        raise ScalingError(
+            f"--out is {str(folder)!r}, which holds a report with {' and '.join(lost)} that {table!r} "
+            "does not have; name another folder, or remove that report first."
+        )
+
+
+def copy_configurations(source: Path, folder: Path, runs: Iterable[object]) -> None:
+    """Let the report in `folder` keep what the one in `source` knows of how `runs` were made."""
+    found = _configurations(source)
+    if not found or source.resolve() == folder.resolve():
+        return
+    kept = folder / CONFIGURATIONS
+    kept.mkdir(exist_ok=True)
+    for old in _configurations(folder):
+        old.unlink()
+    names = {f"{run}.yaml" for run in runs}
+    for file in found:
+        if file.name in names:
+            shutil.copyfile(file, kept / file.name)
+
+
+def _configurations(folder: Path) -> list[Path]:
+    return sorted((folder / CONFIGURATIONS).glob("*.yaml"))
 
 
 def _delimited(file: io.BytesIO) -> pl.DataFrame:

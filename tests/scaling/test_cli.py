@@ -212,6 +212,34 @@ def test_a_report_is_written_where_it_was_asked_for(table: Path, tmp_path: Path,
     assert "<h1>A title</h1>" in (out / "report.html").read_text()
 
 
+def test_a_report_takes_what_a_study_kept_beside_it_along_and_is_not_replaced_by_one_without(
+    table: Path, tmp_path: Path, said: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    named = tmp_path / "named.csv"
+    pl.read_csv(table).with_columns(run=pl.format("r{}", pl.int_range(18)), rho="share").write_csv(named)
+    for _ in range(2):  # what holds nothing more may be written anew
+        said("report", named, "--out", first)
+    (first / "context.json").write_text('{"data": "a text"}')
+    kept = first / "configurations"
+    kept.mkdir()
+    for run in ("r0", "r17", "of-another-study"):
+        (kept / f"{run}.yaml").write_text(f"name: {run}")
+    for out in (second, second, first):
+        said("report", first, "--out", out)
+    assert {file.name: file.read_text() for file in (second / "configurations").iterdir()} == {
+        "r0.yaml": "name: r0",
+        "r17.yaml": "name: r17",
+    }
+    assert len(list(kept.iterdir())) == 3
+    page = (second / "report.html").read_bytes()
+    assert main(["report", str(named), "--out", str(second)]) == 2
+    error = capsys.readouterr().err
+    assert "with context and configurations that" in error
+    assert error.count("\n") == 1
+    assert (second / "report.html").read_bytes() == page
+
+
 def test_the_columns_are_listed_with_their_units(said: Said) -> None:
     assert "FLOPs" in said("columns")
 
