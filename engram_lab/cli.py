@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,21 @@ def run_recipe(arguments: Sequence[str]) -> int:
     """Run the recipe file `arguments[0]` with the overrides that follow, as LightningCLI spells them."""
     from engram_lab.commands import run
 
-    return run(Path(arguments[0]), list(arguments[1:]))
+    with _first_process_speaks():
+        return run(Path(arguments[0]), list(arguments[1:]))
+
+
+@contextlib.contextmanager
+def _first_process_speaks() -> Iterator[None]:
+    """Drop standard output in all processes of a run but the first; what goes wrong is still told by each.
+
+    The Trainer starts the others by repeating the command line: they would say everything again.
+    """
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 class _Parser(Parser):
