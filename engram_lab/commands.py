@@ -25,7 +25,7 @@ from engram_lab.recipe import Recipe
 from engram_lab.recipe_file import read_recipe
 from engram_lab.studies.progress import StudyProgress
 from engram_lab.studies.runner import run_study
-from engram_lab.text import TextConfig, TokenCorpus, look_ahead, prepare
+from engram_lab.text import TextConfig, TokenCorpus, look_ahead, prepare, split_warning
 
 console = Console()
 
@@ -59,6 +59,13 @@ def run(file: Path, overrides: list[str]) -> int:
 
 def prepare_shown(text: TextConfig) -> TokenCorpus:
     """Build or open the token shards; building shows its stages, in one line on a terminal."""
+    corpus = _prepare_shown(text)
+    if (warning := split_warning(corpus)) is not None:
+        console.print(warning, highlight=False, soft_wrap=True)
+    return corpus
+
+
+def _prepare_shown(text: TextConfig) -> TokenCorpus:
     if console.is_terminal:
         with console.status("text") as live:
             return prepare(text, lambda stage, share: live.update(f"text: {stage} {share:.0%}"))

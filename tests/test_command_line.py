@@ -331,6 +331,26 @@ def cache_of_default_corpus() -> Path:
     return Path(__file__).parents[1] / ".cache" / "engram_lab" / "text"
 
 
+def test_more_validation_than_training_text_is_warned_of(
+    tiny: dict[str, Any], in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two documents one is held out, by the hash of its text: here always the one of a's."""
+    said = {}
+    for longer in "ab":
+        texts = [f"{letter} " * (3000 if letter == longer else 300) for letter in "ab"]
+        source = in_tmp_path / f"{longer}.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        text = {"source": str(source), "cache_dir": str(in_tmp_path / "cache")}
+        recipe = in_tmp_path / f"{longer}.yaml"
+        recipe.write_text(yaml.safe_dump({**tiny, "text": text, "data": {**tiny["data"], "repeat": True}}))
+        main(["run", str(recipe), "--dry-run"])
+        printed = capsys.readouterr().out.splitlines()
+        said[longer] = [line for line in printed if line.startswith("warning: validation")]
+    (warning,) = said["a"]
+    assert "validation takes 6,001 of the text's 6,303 tokens and leaves 302 for training" in warning
+    assert said["b"] == []
+
+
 @pytest.mark.slow
 def test_lightning_run_trains_from_another_directory(file: Path, in_tmp_path: Path) -> None:
     elsewhere = in_tmp_path / "elsewhere"

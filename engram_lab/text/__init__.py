@@ -2,7 +2,16 @@
 
 from engram_lab.text.canonical import canonical_ids
 from engram_lab.text.config import SOTU, TextConfig
-from engram_lab.text.prepare import UnreadText, look_ahead, prepare
+from engram_lab.text.prepare import UnreadText, look_ahead, prepare, split_warning
 from engram_lab.text.shards import TokenCorpus
 
-__all__ = ["SOTU", "TextConfig", "TokenCorpus", "UnreadText", "canonical_ids", "look_ahead", "prepare"]
+__all__ = [
+    "SOTU",
+    "TextConfig",
+    "TokenCorpus",
+    "UnreadText",
+    "canonical_ids",
+    "look_ahead",
+    "prepare",
+    "split_warning",
+]

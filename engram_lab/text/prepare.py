@@ -55,6 +55,19 @@ def prepare(config: TextConfig, progress: Progress | None = None) -> TokenCorpus
     return corpus
 
 
+def split_warning(corpus: TokenCorpus) -> str | None:
+    """Say so where more text is held out than is left for training, which whole documents may bring about."""
+    train, validation = len(corpus.train), len(corpus.validation)
+    if validation <= train:
+        return None
+    held_out, documents = corpus.record.validation_documents, corpus.record.train_documents
+    return (
+        f"warning: validation takes {validation:,} of the text's {train + validation:,} tokens and leaves "
+        f"{train:,} for training, as whole documents are held out ({held_out} of {held_out + documents}): "
+        "give more documents (<|endoftext|> divides a .txt file) or a smaller text.validation_fraction."
+    )
+
+
 def look_ahead(config: TextConfig) -> UnreadText:
     """Return the size of the vocabulary that `prepare` would give, reading no document.
 
