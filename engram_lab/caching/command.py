@@ -65,8 +65,12 @@ def _text(options: Options) -> Text:
     corpus, engram = _open(options)
     if options.tokens is not None and options.tokens < 1:
         raise UserError(f"--tokens is {options.tokens}; it must be at least 1.")
+    ids = corpus.train[: options.tokens]
+    rest = None if options.tokens is None else options.tokens - len(ids)
+    if len(corpus.validation[:rest]):  # of shards that were made to be trained on
+        ids = np.concatenate([ids, corpus.validation[:rest]])
     return Text(
-        ids=corpus.train[: options.tokens],
+        ids=ids,
         canonical=corpus.canonical,
         eos_id=corpus.eos_id,
         engram=engram,
@@ -93,7 +97,7 @@ def _open(options: Options) -> tuple[TokenCorpus, EngramConfig]:
         for name in ("tokenizer", "vocab_size", "cache_dir")
         if (value := getattr(options, name)) is not None
     }
-    return prepare_shown(TextConfig(source=options.corpus, **given)), PAPER
+    return prepare_shown(TextConfig(source=options.corpus, validation_fraction=0.0, **given)), PAPER
 
 
 def _write(study: CacheStudy, out: Path) -> None:

@@ -33,7 +33,8 @@ class TextConfig:
     more embeddings), else 16,384, or fewer where the documents do not hold so many repeated pairs. With
     `tokenizer` it is only checked."""
     validation_fraction: float = 0.05
-    """Share of the documents held out, chosen by the hash of their text."""
+    """Share of the documents held out, chosen by the hash of their text; 0 for text that is measured and not
+    trained on."""
     cache_dir: str = ".cache/engram_lab/text"
     """Where finished shards are kept; they are found again by content, wherever the sources lie."""
 
@@ -45,10 +46,10 @@ class TextConfig:
                 f"vocab_size = {self.vocab_size}: a byte-level vocabulary has at least {SMALLEST_VOCABULARY} "
                 "ids (256 bytes and the end-of-text token)."
             )
-        if not 0.0 < self.validation_fraction < 1.0:
+        if not 0.0 <= self.validation_fraction < 1.0:
             raise UserError(
                 f"validation_fraction = {self.validation_fraction!r}: it is a share of the documents, "
-                "above 0 and below 1, such as 0.05."
+                "0 or more and below 1, such as 0.05."
             )
 
     @property

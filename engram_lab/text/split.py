@@ -24,11 +24,12 @@ def split_documents(
     documents moves none of the others across. With strata, the documents are lined up by (stratum, hash) and
     every 1/fraction-th is held out, so that the held-out ones span the strata. Of equal texts only the first
     stays, since repeated text opens a gap between training and validation loss that is none of the model's.
-    At least one document is held out and at least one is trained on.
+    At least one document is held out and at least one is trained on, but for a `fraction` of 0, which holds
+    none out.
 
     Args:
         hashes: uint64 [documents], `document_hash` of each.
-        fraction: share held out, above 0 and below 1.
+        fraction: share held out, below 1.
         strata: the group of each document, or None.
 
     Returns:
@@ -36,11 +37,15 @@ def split_documents(
         any prefix is a fair sample of its side.
 
     Raises:
-        UserError: fewer than two different documents.
+        UserError: fewer than two different documents, or none where none is held out.
     """
     hashes = np.asarray(hashes, dtype=np.uint64)
     _, unique = np.unique(hashes, return_index=True)  # in the order of the hashes
     count = len(unique)
+    if fraction == 0:
+        if count == 0:
+            raise UserError("the corpus holds no text.")
+        return unique, unique[:0]
     if count < 2:
         plural = "" if count == 1 else "s"
         raise UserError(

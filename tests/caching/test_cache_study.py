@@ -11,6 +11,7 @@ from caching_texts import some_text
 
 from engram_lab.caching.study import CacheConfig, Speeds, study_caches, to_plain, to_rows
 from engram_lab.cli import main
+from engram_lab.text import TextConfig, TokenCorpus, prepare
 
 QUICK = ["--orders", "2", "3", "--rows-per-head", "5000", "--tokens", "40000", "--vocab-size", "300"]
 
@@ -77,6 +78,31 @@ def test_token_shards_and_recipes_are_read_too(written: Path, capsys: pytest.Cap
     assert first == second
     assert main(["cache-curve", str(shards), *QUICK]) == 2
     assert "is cut into tokens" in capsys.readouterr().err
+
+
+def test_all_of_the_text_is_measured(tmp_path: Path) -> None:
+    """One document; and of shards that were made to be trained on, both sides."""
+
+    def tokens(*arguments: str) -> int:
+        out = tmp_path / "out"
+        options = ["--orders", "2", "--rows-per-head", "500", "--out", str(out)]
+        assert main(["cache-curve", *arguments, *options]) == 0
+        return int(json.loads((out / "cache-curve.json").read_text())["tokens"])
+
+    text = " ".join(str(number % 97) for number in range(4000))
+    one, cache = tmp_path / "one.txt", tmp_path / "cache"
+    one.write_text(text)
+    options = ["--vocab-size", "300", "--cache-dir", str(cache)]
+    measured = tokens(str(one), *options)
+    (shards,) = (path for path in cache.iterdir() if path.is_dir())
+    assert measured == len(TokenCorpus(shards).tokenizer().encode(text).ids) + 1  # the end of the document
+    two = tmp_path / "two.txt"
+    two.write_text(text + "<|endoftext|>" + text[::-1])
+    corpus = prepare(TextConfig(source=str(two), vocab_size=300, cache_dir=str(cache)))
+    both = len(corpus.train) + len(corpus.validation)
+    assert len(corpus.validation) > 0
+    assert tokens(str(corpus.path)) == both
+    assert tokens(str(corpus.path), "--tokens", str(both - 1)) == both - 1
 
 
 @pytest.mark.parametrize(

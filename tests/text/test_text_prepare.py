@@ -210,9 +210,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(small):
         ("source", (), "name at least one file or folder"),
         ("source", "", "name at least one file or folder"),
         ("vocab_size", 256, "at least 257 ids"),
-        ("validation_fraction", 0.0, "above 0 and below 1"),
-        ("validation_fraction", 1.0, "above 0 and below 1"),
-        ("validation_fraction", float("nan"), "above 0 and below 1"),
+        ("validation_fraction", -0.1, "0 or more and below 1"),
+        ("validation_fraction", 1.0, "0 or more and below 1"),
+        ("validation_fraction", float("nan"), "0 or more and below 1"),
     ],
 )
 def test_values_out_of_range_are_refused_at_once(field, value, sentence):

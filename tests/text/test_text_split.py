@@ -40,6 +40,18 @@ def test_every_different_document_is_on_one_side_once(values, fraction):
     assert len(validation)
 
 
+@given(hashes)
+def test_a_fraction_of_0_holds_none_out(values):
+    train, validation = split_documents(as_array(values), 0.0)
+    assert chosen_hashes(values, train) == sorted(set(values))
+    assert len(validation) == 0
+
+
+def test_nothing_cannot_be_split():
+    with pytest.raises(UserError, match="no text"):
+        split_documents(as_array([]), 0.0)
+
+
 @settings(deadline=None)
 @given(hashes.filter(lambda values: len(set(values)) >= 2), fractions)
 def test_without_strata_the_threshold_decides(values, fraction):
