@@ -14,15 +14,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from engram_lab.tracking import names
 from engram_lab.tracking.client import client, one_sentence, resolve
+from engram_lab.tracking.record import write_params
 from engram_lab.tracking.writer import MetricWriter, Point
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
-
-# MLflow takes at most this many parameters in one call.
-_LARGEST_PARAMS = 100
 
 
 class BufferedMLFlowLogger(Logger):
@@ -83,19 +81,9 @@ class BufferedMLFlowLogger(Logger):
 
         The whole configuration, uncut, belongs in an artifact (`RunRecord.log_text`).
         """
-        from mlflow.entities import Param
-
         flat = _flatten_dict(_convert_params(params))
         with one_sentence(self._uri):
-            store = client(self._uri)
-            known = store.get_run(self._run_id).data.params
-            values = {
-                names.metric_name(key): str(value)[: names.LONGEST_PARAM] for key, value in flat.items()
-            }
-            new = [Param(key, value) for key, value in values.items() if key not in known]
-            for first in range(0, len(new), _LARGEST_PARAMS):
-                store.log_batch(self._run_id, params=new[first : first + _LARGEST_PARAMS])
-        changed = sorted(key for key, value in values.items() if known.get(key, value) != value)
+            changed = write_params(self._uri, self._run_id, flat)
         if changed:
             log.warning("the resumed run keeps its first values of the parameters %s", ", ".join(changed))
 

@@ -29,6 +29,7 @@ FINAL_LOSS = "final/loss"
 LONGEST_NAME = 250
 LONGEST_TAG = 5000
 LONGEST_PARAM = 6000
+LARGEST_PARAMS = 100  # in one call
 
 
 def metric_name(name: str) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engram_lab.errors import UserError
 from engram_lab.tracking import names
@@ -67,6 +67,14 @@ class RunRecord:
         with one_sentence(self.uri):
             write_tags(self.uri, self.run_id, tags)
 
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Write the parameters that the run lacks, nested ones by dotted names; None is left out.
+
+        A run that is opened again keeps the values it has: MLflow never changes one.
+        """
+        with one_sentence(self.uri):
+            write_params(self.uri, self.run_id, _dotted(values))
+
     def finish(self, loss: float | None = None) -> None:
         """Mark the run finished, with its final validation loss in nats a token if it has one."""
         if loss is not None:
@@ -100,6 +108,32 @@ def write_tags(uri: str, run_id: str, tags: Mapping[str, object]) -> None:
         for key in absent:
             if key in present:
                 store.delete_tag(run_id, key)
+
+
+def write_params(uri: str, run_id: str, values: Mapping[str, object]) -> list[str]:
+    """Write those parameters that a run lacks, cut at 6,000 letters; return those it keeps another value of.
+
+    One call takes a hundred, which is more than a recipe usually has.
+    """
+    from mlflow.entities import Param
+
+    store = client(uri)
+    known = store.get_run(run_id).data.params
+    texts = {names.metric_name(key): str(value)[: names.LONGEST_PARAM] for key, value in values.items()}
+    lacking = [Param(key, text) for key, text in texts.items() if key not in known]
+    for first in range(0, len(lacking), names.LARGEST_PARAMS):
+        store.log_batch(run_id, params=lacking[first : first + names.LARGEST_PARAMS])
+    return sorted(key for key, text in texts.items() if known.get(key, text) != text)
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _dotted(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat
 
 
 def tag_text(value: object) -> str:

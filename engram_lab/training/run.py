@@ -62,6 +62,28 @@ def columns(run: ResolvedRun, extra: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def parameters(run: ResolvedRun) -> dict[str, Any]:
+    """What MLflow lists as a run's parameters: the recipe's fields, and below `allocation` the solved cell.
+
+    `model.ffn.experts` is the recipe's count, at rho = 1; `allocation.experts` is the network's. Where the
+    run is recorded is left out: it says nothing about the run, and an address may hold a password.
+    """
+    a, engram = run.allocation, run.network.engram
+    fields = {name: value for name, value in run.recipe.to_dict().items() if name != "tracking"}
+    fields["allocation"] = {
+        "rho": a.rho,
+        "experts": a.experts,
+        "rows_per_head": engram.rows_per_head if engram is not None and engram.n_heads else 0,
+        "slots": a.slots,
+        "memory_parameters": a.memory_parameters,
+        "sparse_parameters": a.sparse_parameters,
+        "active_parameters": a.active_parameters,
+        "total_parameters": a.total_parameters,
+        "flops_per_token": a.flops_per_token,
+    }
+    return fields
+
+
 def train(
     recipe: Recipe,
     *,
@@ -110,6 +132,7 @@ def train(
             parent=parent_run,
             artifact_root=Path(recipe.tracking.directory) / "artifacts",
         )
+        record.log_params(parameters(run))
         if known is not None:
             _record_result(record, known)
             return known

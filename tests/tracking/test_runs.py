@@ -57,6 +57,27 @@ def test_a_new_run_carries_what_readers_need(uri: str) -> None:
     assert client(uri).get_run(parent.run_id).data.tags["kind"] == "study"
 
 
+def test_parameters_have_dotted_names_and_keep_their_first_values(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = open_run(uri, "study", "cell", "n")
+    store, calls = client(uri), []
+    log_batch = store.log_batch
+    monkeypatch.setattr(store, "log_batch", lambda *a, **k: (calls.append(k), log_batch(*a, **k)))
+    model = {"width": 64, "yarn": None, "ffn": {"experts": 12, "rate": 1e-3, "layers": [1, 2]}}
+    many = {f"p{i}": i for i in range(95)}
+    record.log_params({"model": model, "trainer": {}, "text": "x" * 9000, **many})
+    assert len(calls) == 1
+    params = client(uri).get_run(record.run_id).data.params
+    assert params.pop("text") == "x" * 6000
+    expected = {"model.width": "64", "model.ffn.experts": "12", "model.ffn.rate": "0.001"}
+    assert params == expected | {"model.ffn.layers": "[1, 2]"} | {key: str(i) for key, i in many.items()}
+    again = open_run(uri, "study", "cell", "n")
+    again.log_params({"model": {"width": 128, "depth": 2}})
+    params = client(uri).get_run(record.run_id).data.params
+    assert (params["model.width"], params["model.depth"]) == ("64", "2")
+
+
 def test_the_same_identity_is_the_same_run(uri: str) -> None:
     first = open_run(uri, "study", "cell", "name", {"rho": 0.5, "tokens": 10})
     first.log_values({"loss": 3.0}, step=1)

@@ -143,6 +143,46 @@ def test_a_finished_run_is_reused(recipe: Recipe, tmp_path: Path, reference: dic
     assert file.stat().st_mtime_ns == before
 
 
+def params(recipe: Recipe) -> dict[str, str]:
+    client = MlflowClient(recipe.tracking.uri)
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    listed: dict[str, str] = run.data.params
+    return listed
+
+
+def test_a_run_lists_its_recipe_and_its_allocation(recipe: Recipe, tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.reason = "a test"
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, stop=stop, progress_bar=False)
+    first = params(recipe)
+    solved = resolve(recipe, prepare(recipe.text))
+    assert solved.network.engram is not None
+    expected = {
+        "seed": 0,
+        "model.ffn.experts": 12,
+        "model.vocab_size": 400,
+        "model.engram.orders": [2, 3],
+        "optimizer.learning_rate": 0.01,
+        "trainer.devices": 1,
+        "allocation.experts": solved.allocation.experts,
+        "allocation.rows_per_head": solved.network.engram.rows_per_head,
+        "allocation.slots": solved.allocation.slots,
+    }
+    assert solved.allocation.experts < 12
+    assert {name: first.get(name) for name in expected} == {n: str(value) for n, value in expected.items()}
+    assert not [name for name in first if name.startswith("tracking")], "an address may hold a password"
+    # Two settings that are no part of its identity: the same run, which MLflow would refuse new values of.
+    changed = recipe.override({"checkpoint_every_n_steps": 5, "execution.activation_checkpointing": True})
+    train(changed, progress_bar=False)
+    assert status(recipe) == ("FINISHED", None)
+    assert params(recipe) == first
+    # Recorded in another store, a run that is reused says the same.
+    elsewhere = replace(recipe.tracking, uri=f"sqlite:///{tmp_path}/elsewhere.db")
+    assert train(replace(recipe, tracking=elsewhere), progress_bar=False).reused
+    assert params(replace(recipe, tracking=elsewhere)) == first
+
+
 def test_accumulated_micro_batches_train_the_same_batch(
     recipe: Recipe, tmp_path: Path, reference: dict[str, Any]
 ) -> None:
