@@ -174,14 +174,14 @@ class _Display:
 
 
 def describe(progress: StudyProgress) -> str:
-    """One line: cells done, share of the tokens, speed, time left."""
+    """One line: cells done, share of the tokens; speed and time left while tokens are left."""
     share = progress.tokens_done / progress.tokens if progress.tokens else 1.0
     failed = f", {progress.failed} failed" if progress.failed else ""
+    done = f"{progress.finished}/{progress.cells} cells{failed}, {share:.0%} of the tokens"
+    if progress.tokens_done >= progress.tokens:
+        return done
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
-    return (
-        f"{progress.finished}/{progress.cells} cells{failed}, {share:.0%} of the tokens, "
-        f"{progress.tokens_per_second:,.0f} tokens/s{left}"
-    )
+    return f"{done}, {progress.tokens_per_second:,.0f} tokens/s{left}"
 
 
 def duration(seconds: float) -> str:
