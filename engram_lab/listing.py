@@ -107,8 +107,8 @@ def _failed(uri: str, experiment: str) -> set[str]:
 
     try:
         uri = resolve(uri)
-        if (path := database_path(uri)) is not None and not path.exists():
-            return set()
+        if (path := database_path(uri)) is not None and not (path.exists() and path.stat().st_size):
+            return set()  # MLflow would make one
         with one_sentence(uri):
             found = client(uri).get_experiment_by_name(experiment)
             if found is None:

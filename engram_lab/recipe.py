@@ -111,6 +111,10 @@ class Recipe:
             raise UserError(f"name is {self.name!r}; it must be a plain name without slashes or quotes.")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be 0 or more.")
+        if not self.text.validation_fraction:
+            raise UserError(
+                "text.validation_fraction is 0; runs are judged by text held out: it must be above 0."
+            )
         if self.checkpoint_every_n_steps < 1:
             raise UserError(
                 f"checkpoint_every_n_steps is {self.checkpoint_every_n_steps}; it must be at least 1."

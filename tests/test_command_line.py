@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from engram_lab.cli import main
 from engram_lab.errors import UserError
+from engram_lab.listing import _failed
 from engram_lab.recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -228,6 +229,14 @@ def test_a_run_that_failed_before_its_first_step_is_listed_as_failed(
     capsys.readouterr()
     assert main(["runs"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split()[-1] == "failed"
+
+
+@pytest.mark.parametrize("content", [b"no database", b""])
+def test_a_damaged_store_tells_of_no_failures_and_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
+    store = tmp_path / "broken.db"
+    store.write_bytes(content)
+    assert _failed(f"sqlite:///{store}", "tiny") == set()
+    assert store.read_bytes() == content
 
 
 def test_dry_run_prints_every_cell_and_trains_none(

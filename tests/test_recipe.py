@@ -106,6 +106,11 @@ def test_identity_changes_with_what_can_change_the_loss(tiny: dict[str, Any], ch
     assert identity({**tiny, **change}) != identity(tiny)
 
 
+def test_a_run_needs_text_held_out(tiny: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"text.validation_fraction is 0; .* above 0"):
+        Recipe.from_dict({**tiny, "text": {**tiny["text"], "validation_fraction": 0.0}})
+
+
 def test_identity_is_fixed() -> None:
     """Runs on disk are found by this hash: if this test fails, raise `SCHEMA_VERSION` knowingly."""
     from engram_lab.model.config import ModelConfig

@@ -16,12 +16,12 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,14 +99,14 @@ def export_rows(
     plan = _plan(tables, max(1, max_shard_bytes // stored.record_bytes))
     names = [f"rows-{i:05}-of-{len(plan):05}.safetensors" for i in range(1, len(plan) + 1)]
     partial = [folder / f".{name}.partial" for name in names]
-    total, done, lock = sum(tables.values()), 0, Lock()
+    total, done, lock, stop = sum(tables.values()), 0, Lock(), Event()
 
     def written(name: str, aside: Path, parts: tuple[Part, ...]) -> Shard:
         nonlocal done
         tensors: dict[str, Tensor] = {}
         for part in parts:
             start = first_row[part.table]
-            records = _encoded(store, start + part.first, start + part.last, weights, stored, lock)
+            records = _encoded(store, start + part.first, start + part.last, weights, stored, lock, stop)
             for kind, values in stored.fields(records).items():
                 tensors[_key(part.table, kind)] = values.contiguous()
         save_file(tensors, aside)
@@ -130,6 +130,7 @@ def export_rows(
             try:
                 shards = list(writers.map(written, names, partial, plan))
             finally:
+                stop.set()  # after an error or an interrupt of this thread
                 writers.shutdown(cancel_futures=True)
         for name, aside in zip(names, partial, strict=True):
             os.replace(aside, folder / name)
@@ -319,13 +320,19 @@ def _encoded(
     weights: Callable[[Tensor], Tensor],
     stored: RecordLayout,
     reading: Lock,
+    stop: Event,
 ) -> Tensor:
-    """Return rows `first` to `last` of the store as records [n, record_bytes] of `stored`, on the CPU."""
+    """Return rows `first` to `last` of the store as records [n, record_bytes] of `stored`, on the CPU.
+
+    CancelledError once `stop` is set.
+    """
     out = torch.empty((last - first, stored.record_bytes), dtype=torch.uint8)
     count = max(1, CHUNK // store.record_bytes)
     records = torch.empty((min(count, len(out)), store.record_bytes), dtype=torch.uint8, device=store.device)
     with torch.cuda.device_of(records):
         for start in range(first, last, count):
+            if stop.is_set():
+                raise CancelledError
             ids = torch.arange(start, min(start + count, last), device=store.device)
             with reading:  # a store may be read by one thread at a time
                 store.read(ids, records[: len(ids)])
@@ -348,7 +355,7 @@ def _checked(path: Path) -> tuple[int, int]:
 
 
 def _remove_shards(folder: Path, keep: list[str]) -> None:
-    for path in folder.glob("rows-*-of-*.safetensors"):
+    for path in (*folder.glob("rows-*-of-*.safetensors"), *folder.glob(".rows-*-of-*.safetensors.partial")):
         if path.name not in keep:
             path.unlink()
 

@@ -87,13 +87,14 @@ def _first_outside(ids: np.ndarray, rows: int) -> int:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let each thread that is started within run torch's operations by itself.
+    """Let each thread that is started within run torch's operations by itself; once at a time in a process.
 
-    Else every one of them would share its own out to all processors.
+    Else every one of them would share its own out to all processors. Threads keep what they started with, so
+    those started within should end there.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)

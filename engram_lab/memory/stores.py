@@ -21,7 +21,8 @@ from engram_lab.memory.room import GIB, require_memory
 from engram_lab.memory.row_copy import Workers, alone
 
 SMALLER_TABLE = "lower engram.rows_per_head, or set memory.rows and memory.state to bfloat16"
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 24
+"""Of records that a thread fills at once, where rows that are drawn together are not more."""
 DRAWN = 2048
 """Rows that are drawn together: the initial values of rows between two multiples of it cost about as much as
 those of one. With small blocks threads wait for the interpreter, with large ones single rows are dear."""
@@ -107,8 +108,7 @@ def fill(
     `initial` is called from several threads at once; `progress(rows done, rows)` after every chunk, from one
     at a time. The first error of any thread ends the filling and is raised.
     """
-    step = max(1, CHUNK_BYTES // store.record_bytes)
-    step = step // DRAWN * DRAWN or step
+    step = max(1, CHUNK_BYTES // store.record_bytes // DRAWN) * DRAWN
     chunks = range(0, store.rows, step)
     done, lock, stop = 0, threading.Lock(), threading.Event()
 

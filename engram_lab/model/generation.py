@@ -224,7 +224,7 @@ def generate(
     """Return up to `length` new token ids for every prompt; one that ended keeps its end-of-text id.
 
     Prompts are taken `batch` at a time, those of like length together, or all at once; two batches take
-    turns, three with a table on disk (see `Decoder`). Each batch draws from a seed of its own.
+    turns, three where threads read rows (see `Decoder`). Each batch draws from a seed of its own.
     """
     sampling = sampling or Sampling()
     at_once = AT_ONCE + _read_by_threads(network)

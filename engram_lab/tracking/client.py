@@ -85,10 +85,11 @@ def _probe(uri: str) -> None:
 def one_sentence(uri: str) -> Iterator[None]:
     """Turn what MLflow or the disk complains about inside the block into a UserError of one sentence."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
-    except (MlflowException, OSError, ImportError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         text = str(error)
         if "out-of-date database schema" in text:
             raise UserError(

@@ -182,7 +182,9 @@ class TableRows(Callback):
         else:
             self._pipeline = RowPipeline(store, self.layout, optimizer, self.first_row[:-1], **options)
         self._shows = trainer.progress_bar_callback is not None and trainer.is_global_zero
-        with self._progress("table rows") as progress:
+        with self._progress(
+            f"table rows, {self.first_row[-1] * self.layout.record_bytes / 2**30:.0f} GiB"
+        ) as progress:
             touched = self.checkpoints.restore(self._manifests, store, self.initial, owns, progress)
         self._pipeline.touched.mark(touched)
         self._pipeline.touched.take_recent()
@@ -206,12 +208,11 @@ class TableRows(Callback):
     def _progress(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
         """Show how far filling or writing the table is, where that takes long and the run shows progress."""
         rows = self.first_row[-1]
-        size = rows * self.layout.record_bytes
-        if size < WORTH_A_BAR or not self._shows:
+        if rows * self.layout.record_bytes < WORTH_A_BAR or not self._shows:
             yield None
             return
         with Bar() as bar:
-            task = bar.add_task(f"{rows:,} {what}, {size / 2**30:.0f} GiB")
+            task = bar.add_task(f"{rows:,} {what}")
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     def on_save_checkpoint(

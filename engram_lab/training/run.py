@@ -132,13 +132,14 @@ def train(
             parent=parent_run,
             artifact_root=Path(recipe.tracking.directory) / "artifacts",
         )
-        record.log_params(parameters(run))
         if known is not None:
             _record_result(record, known)
+            record.log_params(parameters(run))
             return known
         resolved = yaml.safe_dump(run.recipe.to_dict(), sort_keys=False)
         write_atomically(directory / "recipe.yaml", resolved)
         try:
+            record.log_params(parameters(run))
             record.log_text(resolved, "recipe.yaml")
             with leading(directory, record.fail):
                 result = fit(run, corpus, directory, record, observer, stop, progress_bar)
@@ -180,7 +181,7 @@ def _claimed(directory: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"the run's folder {directory} cannot be made: {error.strerror}.") from error
     try:
-        with FileLock(directory / "lock", timeout=0):
+        with FileLock(directory / "lock", timeout=1):  # a listing holds it for an instant
             yield
     except Timeout:
         raise UserError(

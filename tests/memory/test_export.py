@@ -82,6 +82,27 @@ def test_an_error_of_one_writer_ends_the_others(tmp_path: Path, monkeypatch: pyt
     assert files(tmp_path) == []
 
 
+def test_an_interrupt_ends_the_writers_and_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted(done: int, rows: int) -> None:
+        raise KeyboardInterrupt
+
+    read: list[int] = []
+
+    def weights(records: Tensor) -> Tensor:
+        read.append(len(records))
+        return TRAINED.decode(records)
+
+    (tmp_path / ".rows-00001-of-00009.safetensors.partial").touch()  # of a process that was killed
+    with pytest.raises(KeyboardInterrupt):
+        export_rows(
+            trained()[1], tmp_path, TABLES, weights, row_dim=U, max_shard_bytes=U * 4, progress=interrupted
+        )
+    assert len(read) < ROWS / 2
+    assert files(tmp_path) == [".rows-00001-of-00009.safetensors.partial"]
+    save(trained()[1], tmp_path)
+    assert not [name for name in files(tmp_path) if name.endswith(".partial")]
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("max_shard_bytes", [1, 5000, 1 << 30])
 @pytest.mark.parametrize("chunk", [500, 64 << 20])

@@ -163,7 +163,7 @@ def test_rows_that_are_read_while_they_are_written_are_right_afterwards(make: Ma
 
 
 def test_filling_reports_progress_and_stops_at_the_first_error(make: Make) -> None:
-    rows, record_bytes = 40_000, 512
+    rows, record_bytes = 120_000, 512
     store, seen = make(rows, record_bytes), []
     fill(store, lambda first, count, out: out.zero_(), lambda done, of: seen.append((done, of)))  # type: ignore[arg-type, return-value]
     assert seen == sorted(seen)

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from lightning.pytorch.callbacks import RichProgressBar
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
@@ -26,7 +28,7 @@ from engram_lab.text import prepare
 from engram_lab.training.callbacks import Progress, StopRequest
 from engram_lab.training.fit import RunResult
 from engram_lab.training.module import Diverged
-from engram_lab.training.run import columns, read_result, run_directory, train
+from engram_lab.training.run import _claimed, columns, read_result, run_directory, train
 
 
 def curves(recipe: Recipe, metric: str) -> dict[int, float]:
@@ -355,6 +357,14 @@ def test_two_cpu_processes_with_sharded_parameters_train_what_one_does(
     for name, weight in weights[0].items():
         other = weights[1][name].double()
         assert (weight.double() - other).norm() <= 1e-3 * other.norm(), name
+
+
+def test_a_listing_does_not_keep_a_run_from_starting(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(0.2, lock.release).start()
+    with _claimed(tmp_path):
+        pass
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(recipe: Recipe, tmp_path: Path) -> None:
