@@ -262,7 +262,8 @@ def list_runs(directory: Path) -> None:
         state = f"{run.state}, saved at step {run.saved_step}" if saved else run.state
         loss = "" if run.loss is None else f"{run.loss:.4f}"
         table.add_row(run.identity, run.name, run.cell, state, loss)
-    console.print(table, highlight=False)
+    # A line a run where a program reads them.
+    console.print(table, highlight=False, width=None if console.is_terminal else 200)
 
 
 def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> None:
