@@ -18,8 +18,8 @@ CONVENTIONS = (
     "sequence, head included.",
 )
 MODES = {
-    "published": "published (the default): rows replace experts; the memory's projections come on top, so that "
-    "totals are above that of rho = 1 by them. Δ is from rho = 1, of what the heading names.",
+    "published": "published (the default): rows replace experts; the memory's projections come on top, so "
+    "that totals are above that of rho = 1 by them. Δ is from rho = 1, of what the heading names.",
     "strict": "strict: the projections are paid for, at rho = 1 by wider shared experts; the router's FLOPs "
     "vary with the experts. Δ is from rho = 1, of what the heading names.",
 }
