@@ -24,9 +24,10 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 STEPS = 12
 LENGTH, BATCH, WIDTH = 64, 4, 128
 LOSS = 1e-4
-MOVED = {False: 1e-4, True: 5e-2}
-"""Relative differences of losses, and of the norm of what a step changes. Compiled, the two differ in what is
-kept for the backward pass and what is computed again, and so in where bfloat16 rounds."""
+MOVED, STATE = {False: 1e-4, True: 2e-2}, {False: 1e-4, True: 5e-2}
+"""Relative differences of losses, and of the norms of what a step changes and of each of the optimizer's
+tensors. Compiled, the two differ in what is kept for the backward pass and what is computed again, and so in
+where bfloat16 rounds."""
 EPS = 1e-3
 """Adam's, about a gradient's values here: with less, rounding of small ones would turn whole steps around."""
 
@@ -140,7 +141,7 @@ def test_a_captured_step_does_what_a_launched_one_does(own_tables: bool, device:
         ]
         assert off(*moves) <= MOVED[compiled]
         for found, wanted in zip(captured.state(), launched.state(), strict=True):
-            assert off(found, wanted) <= MOVED[compiled]
+            assert off(found, wanted) <= STATE[compiled]
         for layer in (block.ffn for block in second.blocks):
             assert isinstance(layer, Experts)
             assert (layer.narrow is None) == (device == "cpu")
