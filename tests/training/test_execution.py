@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.config import ModelConfig
@@ -78,3 +79,17 @@ def test_compiled_blocks_compute_the_same() -> None:
     ours = gradients(compiled)
     for name, grad in gradients(usual).items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_again_when_training_and_evaluation_take_turns() -> None:
+    net = network(ffn=FeedForwardConfig(experts=6, top_k=2, expert_hidden=8)).float()
+    prepare(net, ExecutionConfig(compile=True), torch.device("cpu"))
+    compiled = []
+    for _ in range(3):
+        net.train().loss(IDS, IDS.roll(-1, 1)).backward()
+        with torch.no_grad():
+            net.eval().loss(IDS, IDS.roll(-1, 1), reduction="none")
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert compiled[0] > 0
+    assert compiled[1:] == compiled[:1] * 2
