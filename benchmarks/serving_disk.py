@@ -3,10 +3,11 @@
     python benchmarks/serving_disk.py --directory FOLDER --tokens tokens.npy --out serving_disk.json
 
 Batches of real text (or of words drawn by Zipf's law, without `--tokens`) take turns on a dense backbone
-with random weights, the module in its second block: prefilled in chunks, the shortest first, whose rows are
-asked for two chunks ahead, and continued token by token, whose rows are read during the others' steps.
-Rows are read around the page cache; a sixteenth of them may be kept in memory. One way reads a small table on
-the device, the other the file, in turn, on the same text:
+with random weights, the module in its second block: prefilled in chunks, whose rows are asked for two chunks
+ahead, and continued token by token, whose rows are read during the others' steps. Chunks begin and end with
+the shortest two: nothing is computed before the first one's rows have come, and nothing is read any more while
+the last one is computed. Rows are read around the page cache; a sixteenth of them may be kept in memory. One
+way reads a small table on the device, the other the file, in turn, on the same text:
 
     cold        the first text; no row is in memory
     new text    the following ones, each read once
@@ -14,7 +15,8 @@ the device, the other the file, in turn, on the same text:
 
 Where more rows are missing than the disk can read meanwhile, the disk is the limit: `bound` is the time of
 the small table, or that of as many reads as there were at the speed that random reads alone had, whichever is
-longer. That speed is the median of probes, one before each text: a disk's changes from minute to minute.
+longer. That speed is the mean of probes just before and just after the text: a disk's changes from minute to
+minute.
 """
 
 from __future__ import annotations
@@ -65,14 +67,14 @@ def make_table(path: Path, layout: RecordLayout, rows: int) -> float | None:
 
 
 def reads_per_second(path: Path, layout: RecordLayout, rows: int, count: int, times: int) -> list[float]:
-    """Return the speed of reading so many rows from anywhere, so many times."""
+    """Return the speed of reading so many rows from anywhere, so many times, in reads as `reads_done`."""
     store = DiskStore(path, layout, rows, FINGERPRINT, writable=False, cache_rows=0)
     out, speeds = torch.empty(count, layout.record_bytes, dtype=torch.uint8), []
     for turn in range(1 + times):
         ids = torch.randint(0, rows, (count if turn else min(count, 64),))  # the first compiles
-        began = time.perf_counter()
+        done, began = reads_done(store), time.perf_counter()
         store.read(ids, out)
-        speeds.append(len(ids) / (time.perf_counter() - began))
+        speeds.append((reads_done(store) - done) / (time.perf_counter() - began))
     store.close()
     return speeds[1:]
 
@@ -112,7 +114,8 @@ class Texts:
         for _ in range(options.turns):
             chunks, after = [], []
             count = options.batch // options.chunk
-            for length in np.sort(self._lengths.integers(options.shortest, options.longest + 1, count)):
+            lengths = np.sort(self._lengths.integers(options.shortest, options.longest + 1, count))
+            for length in np.roll(lengths[::-1], 1):
                 wide = length + options.new + 1
                 here = self._take(options.chunk * wide).reshape(options.chunk, wide)
                 text = np.ascontiguousarray(here[:, :length])
@@ -163,10 +166,11 @@ def measure(
     return pair
 
 
-def summarise(pairs: list[dict[str, Any]], speed: float) -> dict[str, Any]:
-    """Return losses and reads by what was served from a disk of this speed, in reads per second."""
+def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return losses and reads by what was served."""
     found: dict[str, Any] = {}
     for pair in pairs:
+        speed = float(np.mean(pair["disk_reads_per_second"]))
         pair["bound"] = {part: max(pair["small"][part], pair["rows"][part]["reads"] / speed) for part in BOTH}
     for regime in dict.fromkeys(pair["regime"] for pair in pairs):
         mine = [pair for pair in pairs if pair["regime"] == regime]
@@ -220,7 +224,10 @@ def main() -> None:
         print(f"{path}: {rows * layout.record_bytes / 1e9:.2f} GB written in {written} s")
         return
     bursts = reads_per_second(path, layout, rows, options.burst, 3)
-    speeds: list[float] = []
+
+    def probe() -> float:
+        return float(np.mean(reads_per_second(path, layout, rows, options.probe, 2)))
+
     store = DiskStore(
         path,
         layout,
@@ -237,7 +244,6 @@ def main() -> None:
         "table_bytes": rows * layout.record_bytes,
         "rows_in_memory": int(options.kept * rows),
         "seconds_to_write": written,
-        "disk_reads_per_second": speeds,
         "disk_reads_per_second_in_bursts": bursts,
     }
     print(json.dumps(results, indent=1), flush=True)
@@ -269,6 +275,7 @@ def main() -> None:
             runner.decode("small", warm[1], options.new)
         pairs: list[dict[str, Any]] = []
         began = time.perf_counter()
+        before = probe()
         for number in range(options.pairs + options.again):
             if time.perf_counter() - began > options.seconds and number > 1:
                 print(f"stopped before text {number}: {options.seconds:.0f} s are over", flush=True)
@@ -276,10 +283,12 @@ def main() -> None:
             if number < options.pairs:
                 text = texts.next()
             regime = "cold" if number == 0 else "new text" if number < options.pairs else "again"
-            speeds += reads_per_second(path, layout, rows, options.probe, 1)
-            pairs.append({"regime": regime, **measure(runner, store, text, number, options.new)})
+            served = measure(runner, store, text, number, options.new)
+            after = probe()
+            pairs.append({"regime": regime, "disk_reads_per_second": [before, after], **served})
+            before = after
             print(json.dumps(pairs[-1]), flush=True)
-            summary = summarise(pairs, float(np.median(speeds)))
+            summary = summarise(pairs)
             results |= {"decode_error": error, "pairs": pairs, "summary": summary}
             write_atomically(options.out, json.dumps(results, indent=1) + "\n")
         runner.close()

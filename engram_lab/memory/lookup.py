@@ -2,7 +2,7 @@
 
     few rows:   hash ─> kernel reads the rows over the bus ─> decode ──┐     side stream, no host; CUDA graphs
     many rows:  hash ─> addresses to the host ─> threads gather into
-                pinned memory ─> copy engine ─> decode ────────────────┤     side streams and a thread
+                pinned memory ─> copy engine ─> decode ────────────────┤     side streams and threads
     block 0 ───────────────────────────────────────────────────────────┴─> join ─> the module
 
 Rows are not made unique first: on text a third to a half of them repeat, but finding out which takes longer
@@ -34,6 +34,9 @@ FEW_ROWS = 32_768
 two cross between 16,384 and 65,536 rows (benchmarks/results/serving.md)."""
 SLOTS = 3
 """Pinned buffers of a table: gathers that may be under way at once."""
+THREADS = 2
+"""Gathers that are worked on at once: one finds its rows, and what a cache has of them, while another waits
+for a disk."""
 
 
 class ServingTable(nn.Module):
@@ -63,13 +66,13 @@ class ServingTable(nn.Module):
         assert layout.record_bytes == store.record_bytes, (layout.record_bytes, store.record_bytes)
         self.store, self.layout, self.device, self.dtype = store, layout, device, dtype
         self.hot, self.few = hot, few
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="look-up")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="look-up")
         records = getattr(store, "records", None)
         self._records: Tensor | None = None
         """The records where a kernel can read them itself."""
         if device.type == "cuda":
             self._stream, self._back = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
-            self._slots = [_Pinned() for _ in range(SLOTS)]
+            self._slots = [_Pinned(device) for _ in range(SLOTS)]
             self._turn = 0
             if records is not None and gather_triton is not None and (records.is_cuda or records.is_pinned()):
                 self._records = records
@@ -94,8 +97,8 @@ class ServingTable(nn.Module):
     def begin_found(self, find: Callable[[], Tensor], shape: Sequence[int]) -> Callable[[], Tensor]:
         """As `begin`, for row numbers of a `shape` that are still to be found.
 
-        `find` gives them on the CPU; it is called on the table's thread, so that hashing many ids there does
-        not keep the network waiting. For rows that do not lie on the device.
+        `find` gives them on the CPU; it is called on a thread of the table's, so that hashing many ids there
+        does not keep the network waiting. For rows that do not lie on the device.
         """
         return self._begin_threads(lambda: find().reshape(-1).long(), shape, None)
 
@@ -105,8 +108,8 @@ class ServingTable(nn.Module):
         return self._records is not None
 
     def close(self) -> None:
-        """End the thread; the store is its owner's to close."""
-        self._thread.shutdown()
+        """End the threads; the store is its owner's to close."""
+        self._threads.shutdown()
 
     def _by_kernel(self, n: int) -> bool:
         if self._records is None:
@@ -154,7 +157,7 @@ class ServingTable(nn.Module):
         """Read rows that `find` gives on the CPU (int64 [n]), or `ids` [n] where CUDA has them."""
         n = math.prod(shape)
         if self.device.type != "cuda":
-            reading = self._thread.submit(lambda: self._read(find()))
+            reading = self._threads.submit(lambda: self._read(find()))
             width = shape[-1] * self.layout.row_dim
             return lambda: reading.result().to(self.device).reshape(*shape[:-1], width)
         slot = self._slots[self._turn % SLOTS]
@@ -173,16 +176,15 @@ class ServingTable(nn.Module):
             if ids is not None:
                 told.synchronize()
             self.store.read(find() if ids is None else slot.ids[:n], slot.records)
-            with torch.cuda.stream(self._stream):
-                # Only now: a look-up begun meanwhile must not make this one wait for what it waits for.
-                self._stream.wait_event(ready)
+            with torch.cuda.stream(slot.stream):
+                slot.stream.wait_event(ready)
                 records.copy_(slot.records[:n], non_blocking=True)
                 slot.copied.record()
                 self._decode(records, out)
                 arrived.record()
             return arrived
 
-        slot.fetching = self._thread.submit(fetch)
+        slot.fetching = self._threads.submit(fetch)
         return self._joining(slot.fetching.result, out, (ids, records), shape)
 
     def _decode(self, records: Tensor, out: Tensor) -> None:
@@ -193,9 +195,13 @@ class ServingTable(nn.Module):
 
 
 class _Pinned:
-    """Pinned memory for one gather, grown as needed and used again once its copy has left."""
+    """Pinned memory for one gather, grown as needed and used again once its copy has left.
 
-    def __init__(self) -> None:
+    Its copies have a stream of their own: a gather that is ready does not wait for what another waits for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device, priority=-1)
         self.ids = torch.empty(0, dtype=torch.int64)
         self.records = torch.empty(0, 0, dtype=torch.uint8)
         self.copied = torch.cuda.Event()

@@ -83,7 +83,7 @@ def test_begin_does_not_wait_for_the_rows_and_readings_keep_their_order() -> Non
         assert torch.equal(join(), resident(batch).detach())
 
 
-def test_row_numbers_may_be_found_on_the_tables_thread() -> None:
+def test_row_numbers_may_be_found_on_the_tables_threads() -> None:
     resident, layout, records = filled("float8", 40)
     table = ServingTable(stored(records), layout, device=CPU)
     batches, found, gate = torch.randint(ROWS, (3, 2, 5, 4), dtype=torch.int32), [], threading.Event()
@@ -97,8 +97,24 @@ def test_row_numbers_may_be_found_on_the_tables_thread() -> None:
     gate.set()
     for batch, join in zip(batches, joins, strict=True):
         assert torch.equal(join(), resident(batch).detach())
-    assert len(set(found)) == 1
-    assert found[0] is not threading.current_thread()
+    assert len(found) == 3
+    assert threading.current_thread() not in found
+
+
+def test_rows_are_found_while_those_of_another_look_up_are_read() -> None:
+    resident, layout, records = filled("float32", 8)
+    store = SlowStore(*records.shape)
+    store.write(torch.arange(ROWS), records)
+    table = ServingTable(store, layout, device=CPU)
+    first, second = torch.randint(ROWS, (2, 2, 3, 4))
+
+    def find() -> Tensor:
+        store.gate.set()  # the first look-up is read only then
+        return second
+
+    joins = [table.begin(first), table.begin_found(find, second.shape)]
+    for addresses, join in zip((first, second), joins, strict=True):
+        assert torch.equal(join(), resident(addresses).detach())
 
 
 def test_an_error_in_finding_row_numbers_is_raised_at_the_join() -> None:
