@@ -5,9 +5,9 @@
 Batches of real text (or of words drawn by Zipf's law, without `--tokens`) take turns on a dense backbone
 with random weights, the module in its second block: prefilled in chunks, whose rows are asked for two chunks
 ahead, and continued token by token, whose rows are read during the others' steps. Chunks begin and end with
-the shortest two: nothing is computed before the first one's rows have come, and nothing is read any more while
-the last one is computed. Rows are read around the page cache; a sixteenth of them may be kept in memory. One
-way reads a small table on the device, the other the file, in turn, on the same text:
+the shortest two: nothing is computed before the first one's rows have come, and nothing is read any more
+while the last one is computed. Rows are read around the page cache; a sixteenth of them may be kept in
+memory. One way reads a small table on the device, the other the file, in turn, on the same text:
 
     cold        the first text; no row is in memory
     new text    the following ones, each read once

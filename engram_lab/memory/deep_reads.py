@@ -1,4 +1,4 @@
-"""Many reads of one file under way at once, around the page cache, from a single thread.
+"""Many reads of one file under way at once, around the page cache, from one thread or two.
 
 Linux's asynchronous reads (`man 2 io_submit`) keep a disk busy without a thread for each read, in one
 compiled call: no thread of Python wakes beside a network that is being launched.
@@ -13,7 +13,7 @@ import ctypes
 import errno
 import os
 import platform
-import threading
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,9 @@ from engram_lab.memory.disk_copy import BLOCK, ENDED, system_error
 from engram_lab.memory.row_copy import copy_bytes
 
 DEPTH = 512
-"""Reads under way at once: disks want many."""
+"""Reads that one call has under way at once: disks want many."""
+AT_ONCE = 2
+"""Calls inside at once: while the last reads of one end, those of another keep the disk busy."""
 AGAIN, INTERRUPTED = errno.EAGAIN, errno.EINTR
 REQUEST, EVENT = 8, 4  # 8-byte words of Linux's iocb and io_event
 
@@ -42,11 +44,11 @@ _syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 6
 
 
 class DeepReads:
-    """Reads records of S bytes; one call at a time is inside, others wait.
+    """Reads records of S bytes; `AT_ONCE` calls at a time are inside, others wait.
 
     Args:
         record_bytes: S.
-        depth: K, reads under way at once.
+        depth: K, reads that one call has under way at once.
 
     Raises:
         OSError: a system without asynchronous reads, or with none to spare (/proc/sys/fs/aio-max-nr).
@@ -56,17 +58,14 @@ class DeepReads:
         calls = _CALLS.get(platform.machine())
         if calls is None:
             raise OSError(errno.ENOSYS, f"no asynchronous reads on {platform.machine()}")
-        self._calls, self._lock, self._S = calls, threading.Lock(), record_bytes
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._context = ctypes.c_ulong(0)
-        if self._libc.syscall(calls.setup, depth, ctypes.byref(self._context)):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-        self._space = -(-(record_bytes - 1) // BLOCK) * BLOCK + BLOCK  # blocks that one record may touch
-        self._room = np.empty(depth * self._space + BLOCK, dtype=np.uint8)
-        self._requests = np.zeros((depth, REQUEST), dtype=np.int64)
-        self._events = np.zeros((depth, EVENT), dtype=np.int64)
-        self._waiting, self._free, self._first, self._last = np.zeros((4, depth), dtype=np.int64)
+        self._calls, self._S = calls, record_bytes
+        self._queues: SimpleQueue[_Queue] = SimpleQueue()
+        try:
+            for _ in range(AT_ONCE):
+                self._queues.put(_Queue(calls, record_bytes, depth))
+        except OSError:
+            self._destroy(self._queues.qsize())
+            raise
 
     def read(self, file: int, start: int, ids: np.ndarray, out: int, places: np.ndarray) -> int:
         """Read records `ids` [n], ascending, of a file opened with O_DIRECT.
@@ -75,10 +74,11 @@ class DeepReads:
         Returns 0, the system's error number, or ENDED where the file ends too early; nothing is under way any
         more then.
         """
-        with self._lock:
+        queue = self._queues.get()
+        try:
             return int(
                 _read(
-                    self._context.value,
+                    queue.context.value,
                     self._calls.submit,
                     self._calls.events,
                     file,
@@ -87,21 +87,50 @@ class DeepReads:
                     out,
                     places,
                     self._S,
-                    (self._room.ctypes.data + BLOCK - 1) // BLOCK * BLOCK,
-                    self._space,
-                    self._requests,
-                    self._events,
-                    self._waiting,
-                    self._free,
-                    self._first,
-                    self._last,
+                    (queue.room.ctypes.data + BLOCK - 1) // BLOCK * BLOCK,
+                    queue.space,
+                    queue.requests,
+                    queue.events,
+                    queue.waiting,
+                    queue.free,
+                    queue.first,
+                    queue.last,
                 )
             )
+        finally:
+            self._queues.put(queue)
 
     def close(self) -> None:
-        """Give the system's queue back."""
-        with self._lock:
-            self._libc.syscall(self._calls.destroy, self._context)
+        """Give the system's queues back, once those inside have left."""
+        self._destroy(AT_ONCE)
+
+    def _destroy(self, count: int) -> None:
+        for _ in range(count):
+            self._queues.get().destroy()
+
+
+class _Queue:
+    """One of the system's queues of up to K reads, and memory for them.
+
+    Raises:
+        OSError: the system has none to spare.
+    """
+
+    def __init__(self, calls: _Calls, record_bytes: int, depth: int) -> None:
+        self._calls, self._libc = calls, ctypes.CDLL(None, use_errno=True)
+        self.context = ctypes.c_ulong(0)
+        if self._libc.syscall(calls.setup, depth, ctypes.byref(self.context)):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self.space = -(-(record_bytes - 1) // BLOCK) * BLOCK + BLOCK  # blocks that one record may touch
+        self.room = np.empty(depth * self.space + BLOCK, dtype=np.uint8)
+        self.requests = np.zeros((depth, REQUEST), dtype=np.int64)
+        self.events = np.zeros((depth, EVENT), dtype=np.int64)
+        self.waiting, self.free, self.first, self.last = np.zeros((4, depth), dtype=np.int64)
+
+    def destroy(self) -> None:
+        """Give the queue back."""
+        self._libc.syscall(self._calls.destroy, self.context)
 
 
 @njit(nogil=True, cache=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from engram_lab.memory import disk
-from engram_lab.memory.deep_reads import DeepReads
+from engram_lab.memory.deep_reads import AT_ONCE, DeepReads
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.disk_copy import BLOCK, ENDED
 from engram_lab.memory.layout import RecordLayout
@@ -50,6 +51,21 @@ def test_every_record_comes_to_its_place(tmp_path: Path, content: np.ndarray, de
             wanted[places] = content[ids]
             assert reads.read(file, BLOCK, ids, out.ctypes.data, places) == 0
             assert (out == wanted).all()
+    reads.close()
+
+
+def test_calls_at_the_same_time_do_not_mix(tmp_path: Path, content: np.ndarray) -> None:
+    reads, S = DeepReads(content.shape[1], 4), content.shape[1]
+
+    def call(file: int, seed: int) -> bool:
+        ids = np.sort(np.random.default_rng(seed).integers(0, ROWS, 300))
+        out, places = np.zeros((300, S), dtype=np.uint8), np.arange(300)
+        return reads.read(file, BLOCK, ids, out.ctypes.data, places) == 0 and bool(
+            (out == content[ids]).all()
+        )
+
+    with opened(tmp_path / "t") as file, ThreadPoolExecutor(2 * AT_ONCE) as threads:
+        assert all(threads.map(lambda seed: call(file, seed), range(24)))
     reads.close()
 
 
