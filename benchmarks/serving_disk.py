@@ -38,6 +38,7 @@ from engram_lab.files import write_atomically
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.disk_copy import BLOCK
 from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.lookup import SLOTS
 from engram_lab.memory.stores import DeviceStore
 from engram_lab.memory.stores import fill as fill_rows
 from engram_lab.model.hashing import table_rows
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--again", type=int, default=4, help="repetitions of the last text")
     parser.add_argument("--seconds", type=float, default=120, help="after which no text is begun")
     parser.add_argument("--batch", type=int, default=64, help="sequences of each batch")
-    parser.add_argument("--turns", type=int, default=3, help="batches that take turns")
+    parser.add_argument("--turns", type=int, default=SLOTS, help="batches that take turns")
     parser.add_argument("--chunk", type=int, default=16, help="sequences prefilled at once")
     parser.add_argument("--shortest", type=int, default=100)
     parser.add_argument("--longest", type=int, default=512)

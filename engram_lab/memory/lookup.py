@@ -32,8 +32,9 @@ except ImportError:  # triton comes with torch's builds for CUDA only
 FEW_ROWS = 32_768
 """Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
 two cross between 16,384 and 65,536 rows (benchmarks/results/serving.md)."""
-SLOTS = 3
-"""Pinned buffers of a table: gathers that may be under way at once."""
+SLOTS = 5
+"""Pinned buffers of a table: look-ups by threads that may be under way at once. A disk pauses for 20 to 50
+milliseconds now and then; a row asked for four steps of 10 before it is needed comes in time all the same."""
 THREADS = 2
 """Gathers that are worked on at once: one finds its rows, and what a cache has of them, while another waits
 for a disk."""

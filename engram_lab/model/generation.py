@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engram_lab.errors import UserError
-from engram_lab.memory.lookup import ServingTable
+from engram_lab.memory.lookup import SLOTS, ServingTable
 from engram_lab.model.cache import Cache
 from engram_lab.model.experts import Experts
 from engram_lab.model.graphs import captured
@@ -23,7 +23,8 @@ from engram_lab.model.transformer import Transformer
 WORTH_A_GRAPH = 16
 """Steps from which on a graph is captured: that takes about as long as a few steps without it."""
 AT_ONCE = 2
-"""Batches that take turns; one more where threads read rows, so that a slow read has two steps to end in."""
+"""Batches that take turns where no thread reads rows; else there are as many as look-ups may be under way, so
+that a slow read has the steps of all others to end in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,10 +225,10 @@ def generate(
     """Return up to `length` new token ids for every prompt; one that ended keeps its end-of-text id.
 
     Prompts are taken `batch` at a time, those of like length together, or all at once; two batches take
-    turns, three where threads read rows (see `Decoder`). Each batch draws from a seed of its own.
+    turns, five where threads read rows (see `Decoder`). Each batch draws from a seed of its own.
     """
     sampling = sampling or Sampling()
-    at_once = AT_ONCE + _read_by_threads(network)
+    at_once = SLOTS if _read_by_threads(network) else AT_ONCE
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     size = batch or max(1, len(prompts))
     groups = [sorted(by_length[first : first + size]) for first in range(0, len(prompts), size)]
