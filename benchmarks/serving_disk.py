@@ -14,9 +14,9 @@ memory. One way reads a small table on the device, the other the file, in turn, 
     again       the last text, repeated
 
 Where more rows are missing than the disk can read meanwhile, the disk is the limit: `bound` is the time of
-the small table, or that of as many reads as there were at the speed that random reads alone had, whichever is
-longer. That speed is the mean of probes just before and just after the text: a disk's changes from minute to
-minute.
+the small table, or that of the reads alone, whichever is longer. A disk's speed changes from second to
+second; that of the reads alone is therefore measured as soon as the prompts are taken in, by as many look-ups
+of as many rows, as far from each other, from another place of the file.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import argparse
 import json
 import platform
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,15 @@ from engram_lab.files import write_atomically
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.disk_copy import BLOCK
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.lookup import SLOTS
+from engram_lab.memory.lookup import SLOTS, THREADS
 from engram_lab.memory.stores import DeviceStore
 from engram_lab.memory.stores import fill as fill_rows
 from engram_lab.model.hashing import table_rows
 
 FINGERPRINT = "serving benchmark"
 WAYS = ("small", "disk")
+BURST, BURSTS = 600, 20
+"""Rows of a step of decoding that are not in memory, about; times that the disk is measured with as many."""
 
 
 def make_table(path: Path, layout: RecordLayout, rows: int) -> float | None:
@@ -67,17 +70,35 @@ def make_table(path: Path, layout: RecordLayout, rows: int) -> float | None:
     return time.perf_counter() - began
 
 
-def reads_per_second(path: Path, layout: RecordLayout, rows: int, count: int, times: int) -> list[float]:
-    """Return the speed of reading so many rows from anywhere, so many times, in reads as `reads_done`."""
-    store = DiskStore(path, layout, rows, FINGERPRINT, writable=False, cache_rows=0)
-    out, speeds = torch.empty(count, layout.record_bytes, dtype=torch.uint8), []
-    for turn in range(1 + times):
-        ids = torch.randint(0, rows, (count if turn else min(count, 64),))  # the first compiles
-        done, began = reads_done(store), time.perf_counter()
-        store.read(ids, out)
-        speeds.append((reads_done(store) - done) / (time.perf_counter() - began))
-    store.close()
-    return speeds[1:]
+class Recorded(DiskStore):
+    """Remembers which rows it reads from the file: `from_file`, an array for each look-up."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.from_file: list[np.ndarray] = []
+
+    def _read_file(self, ids: np.ndarray, out: torch.Tensor, places: np.ndarray) -> None:
+        self.from_file.append(ids)
+        super()._read_file(ids, out, places)
+
+
+class Alone:
+    """Reads of the file's rows with nothing beside them and nothing kept in memory."""
+
+    def __init__(self, path: Path, layout: RecordLayout, rows: int) -> None:
+        self.store = DiskStore(path, layout, rows, FINGERPRINT, writable=False, cache_rows=0)
+        self.store.read(torch.arange(64), torch.empty(64, layout.record_bytes, dtype=torch.uint8))  # compiles
+
+    def speed(self, look_ups: list[np.ndarray]) -> float | None:
+        """Return reads per second, as `reads_done` counts them, of such look-ups elsewhere."""
+        shift = int(torch.randint(self.store.rows, ()))
+        ids = [torch.from_numpy((rows + shift) % self.store.rows) for rows in look_ups]
+        outs = [torch.zeros(len(rows), self.store.record_bytes, dtype=torch.uint8) for rows in ids]
+        done, began = reads_done(self.store), time.perf_counter()
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(self.store.read, ids, outs))
+        reads = reads_done(self.store) - done
+        return reads / (time.perf_counter() - began) if reads else None
 
 
 def reads_done(store: DiskStore) -> int:
@@ -135,7 +156,8 @@ class Texts:
 
 def measure(
     runner: Runner,
-    store: DiskStore,
+    store: Recorded,
+    alone: Alone,
     text: tuple[list[list[Prompt]], list[torch.Tensor]],
     turn: int,
     steps: int,
@@ -148,6 +170,7 @@ def measure(
         taken = {}
         for part in BOTH:
             reads, hits, done = store.reads, store.hits, reads_done(store)
+            store.from_file.clear()
             if part == "prefill":
                 taken[part] = runner.prefill(way, prompts)
             else:
@@ -160,6 +183,8 @@ def measure(
                     "missing": asked - found,
                     "reads": reads_done(store) - done,
                 }
+                if part == "prefill":
+                    pair["disk_reads_per_second"] = alone.speed(store.from_file)
         pair[way] = taken
     pair["rows"] = rows
     for part in BOTH:
@@ -171,8 +196,11 @@ def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return losses and reads by what was served."""
     found: dict[str, Any] = {}
     for pair in pairs:
-        speed = float(np.mean(pair["disk_reads_per_second"]))
-        pair["bound"] = {part: max(pair["small"][part], pair["rows"][part]["reads"] / speed) for part in BOTH}
+        speed = pair["disk_reads_per_second"]
+        pair["bound"] = {
+            part: max(pair["small"][part], pair["rows"][part]["reads"] / speed if speed else 0.0)
+            for part in BOTH
+        }
     for regime in dict.fromkeys(pair["regime"] for pair in pairs):
         mine = [pair for pair in pairs if pair["regime"] == regime]
         found[regime] = {
@@ -210,9 +238,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens decoded per sequence")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU, in seconds")
     options = parser.parse_args()
-    options.probe, options.burst = 40_000, 600  # a step's rows that are not in memory are about as many
     if options.rehearse:
-        options.backbone, options.parameters, options.probe = "tiny", 400_000, 200
+        options.backbone, options.parameters = "tiny", 400_000
         options.batch, options.chunk, options.new, options.drawn = 4, 2, 5, 4_000
         options.shortest, options.longest, options.pairs, options.again = 6, 20, 3, 2
     torch.set_num_threads(1)  # the table's threads are its own
@@ -224,12 +251,9 @@ def main() -> None:
     if options.make_only:
         print(f"{path}: {rows * layout.record_bytes / 1e9:.2f} GB written in {written} s")
         return
-    bursts = reads_per_second(path, layout, rows, options.burst, 3)
-
-    def probe() -> float:
-        return float(np.mean(reads_per_second(path, layout, rows, options.probe, 2)))
-
-    store = DiskStore(
+    alone = Alone(path, layout, rows)
+    bursts = [alone.speed([np.random.default_rng(n).integers(0, rows, BURST)]) for n in range(BURSTS)]
+    store = Recorded(
         path,
         layout,
         rows,
@@ -276,7 +300,6 @@ def main() -> None:
             runner.decode("small", warm[1], options.new)
         pairs: list[dict[str, Any]] = []
         began = time.perf_counter()
-        before = probe()
         for number in range(options.pairs + options.again):
             if time.perf_counter() - began > options.seconds and number > 1:
                 print(f"stopped before text {number}: {options.seconds:.0f} s are over", flush=True)
@@ -284,16 +307,14 @@ def main() -> None:
             if number < options.pairs:
                 text = texts.next()
             regime = "cold" if number == 0 else "new text" if number < options.pairs else "again"
-            served = measure(runner, store, text, number, options.new)
-            after = probe()
-            pairs.append({"regime": regime, "disk_reads_per_second": [before, after], **served})
-            before = after
+            pairs.append({"regime": regime, **measure(runner, store, alone, text, number, options.new)})
             print(json.dumps(pairs[-1]), flush=True)
             summary = summarise(pairs)
             results |= {"decode_error": error, "pairs": pairs, "summary": summary}
             write_atomically(options.out, json.dumps(results, indent=1) + "\n")
         runner.close()
     store.close()
+    alone.store.close()
     print(json.dumps(results["summary"], indent=1))
 
 
