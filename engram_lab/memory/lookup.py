@@ -35,9 +35,10 @@ two cross between 16,384 and 65,536 rows (benchmarks/results/serving.md)."""
 SLOTS = 5
 """Pinned buffers of a table: look-ups by threads that may be under way at once. A disk pauses for 20 to 50
 milliseconds now and then; a row asked for four steps of 10 before it is needed comes in time all the same."""
-THREADS = 2
-"""Gathers that are worked on at once: one finds its rows, and what a cache has of them, while another waits
-for a disk."""
+THREADS = 3
+"""Look-ups that threads work on at once: two read from a disk (memory/deep_reads.py) while another finds its
+rows. With as many threads as may read, two that began together also end together, and the disk waits for
+both to find their next."""
 
 
 class ServingTable(nn.Module):
