@@ -48,6 +48,8 @@ FINGERPRINT = "serving benchmark"
 WAYS = ("small", "disk")
 BURST, BURSTS = 600, 20
 """Rows of a step of decoding that are not in memory, about; times that the disk is measured with as many."""
+READ_QUANTILES = (0.5, 0.9, 0.99, 1.0)
+"""Of the time a look-up takes to read: a late one holds the batch up."""
 
 
 def make_table(path: Path, layout: RecordLayout, rows: int) -> float | None:
@@ -71,15 +73,23 @@ def make_table(path: Path, layout: RecordLayout, rows: int) -> float | None:
 
 
 class Recorded(DiskStore):
-    """Remembers which rows it reads from the file: `from_file`, an array for each look-up."""
+    """Remembers what it reads from the file.
+
+    Attributes:
+        from_file: the rows of each look-up.
+        seconds: that each took to read.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.from_file: list[np.ndarray] = []
+        self.seconds: list[float] = []
 
     def _read_file(self, ids: np.ndarray, out: torch.Tensor, places: np.ndarray) -> None:
-        self.from_file.append(ids)
+        began = time.perf_counter()
         super()._read_file(ids, out, places)
+        self.seconds.append(time.perf_counter() - began)
+        self.from_file.append(ids)
 
 
 class Alone:
@@ -171,6 +181,7 @@ def measure(
         for part in BOTH:
             reads, hits, done = store.reads, store.hits, reads_done(store)
             store.from_file.clear()
+            store.seconds.clear()
             if part == "prefill":
                 taken[part] = runner.prefill(way, prompts)
             else:
@@ -182,6 +193,7 @@ def measure(
                     "hit_rate": found / asked,
                     "missing": asked - found,
                     "reads": reads_done(store) - done,
+                    "read_seconds": np.quantile(store.seconds or [0.0], READ_QUANTILES).tolist(),
                 }
                 if part == "prefill":
                     pair["disk_reads_per_second"] = alone.speed(store.from_file)
