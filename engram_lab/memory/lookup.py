@@ -33,8 +33,8 @@ FEW_ROWS = 32_768
 """Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
 two cross between 16,384 and 65,536 rows (benchmarks/results/serving.md)."""
 SLOTS = 5
-"""Pinned buffers of a table: look-ups by threads that may be under way at once. A disk pauses now and then for
-longer than a step; rows asked for four steps before they are needed come in time all the same."""
+"""Pinned buffers of a table: look-ups by threads that may be under way at once. A disk pauses now and then
+for longer than a step; rows asked for four steps before they are needed come in time all the same."""
 THREADS = 3
 """Look-ups that threads work on at once: two read from a disk (memory/deep_reads.py) while another finds its
 rows. With as many threads as may read, two that began together also end together, and the disk waits for
