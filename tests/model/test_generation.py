@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from engram_lab.errors import UserError
 from engram_lab.memory.config import MemoryConfig
+from engram_lab.memory.lookup import SLOTS
 from engram_lab.model.attention import AttentionConfig
 from engram_lab.model.cache import Cache
 from engram_lab.model.checkpoint import load, save
@@ -277,6 +278,36 @@ def test_a_gpu_continues_as_the_cpu_does():
     expected = generate(model, prompts, 10, greedy)
     assert generate(model.cuda(), prompts, 10, greedy) == expected
     assert len(generate(model.bfloat16(), prompts, 10, Sampling(top_k=5, top_p=0.9))) == 3
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_as_many_batches_take_turns_as_threads_look_up_for(monkeypatch, tmp_path, tier):
+    """More batches than there are turns, ending at different times, continue as on the device."""
+    save(network(), tmp_path, tokenizer_hash="x")
+    prompts = some_ids(9, 3, 8, 5, 12, 4, 7, 6)
+    expected = generate(load(tmp_path), prompts, 20, Sampling(seed=2), 1)
+    model = load(
+        tmp_path, tables=MemoryConfig(tier=tier, directory=str(tmp_path) if tier == "disk" else None)
+    )
+    waiting, most, draw, take = set(), 0, Decoder._draw, Decoder.take
+
+    def counted_draw(decoder):
+        nonlocal most
+        draw(decoder)
+        waiting.update([decoder] if decoder._joins else [])
+        most = max(most, len(waiting))
+
+    def counted_take(decoder):
+        waiting.discard(decoder)
+        return take(decoder)
+
+    monkeypatch.setattr(Decoder, "_draw", counted_draw)
+    monkeypatch.setattr(Decoder, "take", counted_take)
+    assert generate(model, prompts, 20, Sampling(seed=2), 1) == expected
+    assert most == SLOTS
+    for table in model.tables:
+        table.close()
+        table.store.close()
 
 
 @pytest.mark.gpu
