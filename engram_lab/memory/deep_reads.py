@@ -60,12 +60,16 @@ class DeepReads:
             raise OSError(errno.ENOSYS, f"no asynchronous reads on {platform.machine()}")
         self._calls, self._S = calls, record_bytes
         self._queues: SimpleQueue[_Queue] = SimpleQueue()
+        queues: list[_Queue] = []
         try:
-            for _ in range(AT_ONCE):
-                self._queues.put(_Queue(calls, record_bytes, depth))
+            while len(queues) < AT_ONCE:
+                queues.append(_Queue(calls, record_bytes, depth))
         except OSError:
-            self._destroy(self._queues.qsize())
+            for queue in queues:
+                queue.destroy()
             raise
+        for queue in queues:
+            self._queues.put(queue)
 
     def read(self, file: int, start: int, ids: np.ndarray, out: int, places: np.ndarray) -> int:
         """Read records `ids` [n], ascending, of a file opened with O_DIRECT.
@@ -101,12 +105,11 @@ class DeepReads:
             self._queues.put(queue)
 
     def close(self) -> None:
-        """Give the system's queues back, once those inside have left."""
-        self._destroy(AT_ONCE)
-
-    def _destroy(self, count: int) -> None:
-        for _ in range(count):
-            self._queues.get().destroy()
+        """Give the system's queues back, once those inside have left; a later read returns EINVAL."""
+        queues = [self._queues.get() for _ in range(AT_ONCE)]
+        for queue in queues:
+            queue.destroy()
+            self._queues.put(queue)
 
 
 class _Queue:
@@ -131,6 +134,7 @@ class _Queue:
     def destroy(self) -> None:
         """Give the queue back."""
         self._libc.syscall(self._calls.destroy, self.context)
+        self.context.value = 0  # the system may give the number away again
 
 
 @njit(nogil=True, cache=True)

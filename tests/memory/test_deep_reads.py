@@ -80,6 +80,8 @@ def test_errors_are_told_and_leave_nothing_under_way(tmp_path: Path, content: np
         assert (out == content).all()
     assert reads.read(file, BLOCK, ids, out.ctypes.data, ids) == errno.EBADF
     reads.close()
+    assert reads.read(file, BLOCK, ids, out.ctypes.data, ids) == errno.EINVAL
+    reads.close()
 
 
 def test_a_system_without_such_reads_goes_through_the_page_cache(
