@@ -21,9 +21,19 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             word = unknown[0].partition("=")[0]
-            hint = nearest(word, self._option_string_actions) or f" See {self.prog} --help."
+            hint = nearest(word, self._option_string_actions) or self._options_if(word.startswith("-"))
             raise self.mistake(f"{self.prog} takes no {word!r}.{hint}")
         return parsed, unknown
+
+    def _options_if(self, asked: bool) -> str:
+        """Return where to look, and where an option was `asked` for the names of all that there are.
+
+        One of another name that means the same, as `--length` for `--tokens`, is found among them.
+        """
+        names = [name for action in self._actions for name in action.option_strings[:1]]
+        known = [name for name in names if name != "-h"]
+        listed = f" Its options are {', '.join(known)}." if asked and known else ""
+        return f"{listed} See {self.prog} --help."
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         allowed = None if action.choices is None else [str(choice) for choice in action.choices]

@@ -79,7 +79,13 @@ def test_a_wrong_field_is_named_with_what_is_right(
         ("report quickstart --diretory=mlruns", "report takes no '--diretory'. Did you mean '--directory'?"),
         ("generate a b --memory hst", "--memory is 'hst'; it must be one of resident, host, disk. Did you"),
         ("generate a b --tokens many", "--tokens: invalid int value: 'many'"),
+        (
+            "generate a b --length 50",
+            "generate takes no '--length'. Its options are --tokens, --temperature,",
+        ),
+        ("generate a b c", "generate takes no 'c'. See engram-lab generate --help."),
         ("doctor all", "doctor takes no 'all'"),
+        ("doctor --all", "doctor takes no '--all'. See engram-lab doctor --help."),
         ("study status", "study status --help"),
         ("", "required: COMMAND"),
     ],
