@@ -175,13 +175,13 @@ def _fit(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from scaling.files import check_replaceable, context_of, copy_configurations
+    from scaling.files import check_replaceable, context_of, copy_configurations, report_of
     from scaling.report import write_report
 
     if not given.out:
         raise ScalingError("--out is empty; the name of a folder is needed.")
     try:
-        source, out = Path(given.table), Path(given.out)
+        source, out = report_of(given.table), Path(given.out)
         check_replaceable(out, given.table)
         frame = runs(given)
         path = write_report(frame, out, title=given.title, context=context_of(source))

@@ -16,8 +16,8 @@ import polars as pl
 from scaling.errors import ScalingError
 from scaling.schema import NULLS
 
-RUNS, CONTEXT = "runs.parquet", "context.json"
-"""What a report's folder keeps of its runs, and of what they do not say."""
+RUNS, RUNS_AS_TEXT, CONTEXT = "runs.parquet", "runs.csv", "context.json"
+"""What a report's folder keeps of its runs, twice, and of what they do not say."""
 CONFIGURATIONS = "configurations"
 """The folder in it that holds what made each run, `<run>.yaml`, where a study wrote the report."""
 SEPARATORS = (",", ";", "\t", "|")
@@ -64,6 +64,15 @@ def load(path: Path) -> pl.DataFrame:
         ) from error
 
 
+def report_of(table: str) -> Path:
+    """Return the folder of the report that `table` names, by itself or by one of its two files of runs.
+
+    Any other table stands for itself.
+    """
+    path = Path(table)
+    return path.parent if path.name in (RUNS, RUNS_AS_TEXT) and path.is_file() else path
+
+
 def context_of(folder: Path) -> dict[str, object]:
     """Return what was known beside the runs of the report in `folder`; nothing where there is none.
 
@@ -83,7 +92,7 @@ def context_of(folder: Path) -> dict[str, object]:
 
 def check_replaceable(folder: Path, table: str) -> None:
     """Raise `ScalingError` where a report of `table` would replace one in `folder` that holds more."""
-    source = Path(table)
+    source = report_of(table)
     lost = ["context"] if context_of(folder) and not context_of(source) else []
     if _configurations(folder) and not _configurations(source):
         lost.append(CONFIGURATIONS)

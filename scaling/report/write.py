@@ -13,7 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from scaling.files import CONTEXT, RUNS
+from scaling.files import CONTEXT, RUNS, RUNS_AS_TEXT
 from scaling.frame import read
 from scaling.report.analysis import Study, analyse
 from scaling.report.html import to_html
@@ -72,7 +72,7 @@ def write_report(
         old.unlink()
     for picture in page.pictures():
         _put(figures / f"{picture.name}.svg", picture.svg)
-    _put(folder / "runs.csv", table)
+    _put(folder / RUNS_AS_TEXT, table)
     parquet = io.BytesIO()
     checked.write_parquet(parquet)
     _put(folder / RUNS, parquet.getvalue())

@@ -225,8 +225,13 @@ def test_a_report_takes_what_a_study_kept_beside_it_along_and_is_not_replaced_by
     kept.mkdir()
     for run in ("r0", "r17", "of-another-study"):
         (kept / f"{run}.yaml").write_text(f"name: {run}")
-    for out in (second, second, first):
-        said("report", first, "--out", out)
+    (first / "other.csv").write_bytes(named.read_bytes())
+    for whole in (first, first / "runs.csv", first / "runs.parquet"):
+        for out in (second, second, first):
+            said("report", whole, "--out", out)
+        assert json.loads((second / "context.json").read_text()) == {"data": "a text"}
+    assert main(["report", str(first / "other.csv"), "--out", str(second)]) == 2  # a table of its own
+    capsys.readouterr()
     assert {file.name: file.read_text() for file in (second / "configurations").iterdir()} == {
         "r0.yaml": "name: r0",
         "r17.yaml": "name: r17",
