@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lab.errors import UserError
+from engram_lab.processes import check_processes, process_rank
 from scaling.arguments import Parser
 
 DEFAULT_URI = "sqlite:///mlruns/mlflow.db"
@@ -25,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return launch(arguments[1:])
         if arguments[:1] == ["budget"] and arguments[1:] not in ([], ["-h"], ["--help"]):
+            check_processes()
             from engram_lab.commands import budget
 
             budget(arguments[1:])
             return 0
         parsed = _parser().parse_args(arguments)
+        check_processes()
         return int(parsed.call(parsed) or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,7 +59,7 @@ def _first_process_speaks() -> Iterator[None]:
 
     The Trainer starts the others by repeating the command line: they would say everything again.
     """
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+    if process_rank() == 0:
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

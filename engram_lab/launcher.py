@@ -17,6 +17,7 @@ from pathlib import Path
 
 from engram_lab.doctor import doctor
 from engram_lab.errors import UserError, nearest
+from engram_lab.processes import check_processes
 
 __all__ = ["Launch", "doctor", "launch", "main", "parse", "refuse_lone_processes"]
 
@@ -85,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def launch(arguments: Sequence[str]) -> int:
     """Run what follows `lightning run` (recipe, launcher options, overrides) and return the exit status.
 
-    Raises UserError for a recipe that is not there or options that make no sense.
+    Raises UserError for a recipe that is not there, options that make no sense, or processes that are
+    numbered by no numbers.
     """
+    check_processes()
     asked = parse(arguments, os.environ)
     if asked.recipe.suffix == ".py":
         return _run_script(asked)

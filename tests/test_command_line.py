@@ -96,6 +96,34 @@ def test_a_wrong_word_is_told_with_the_nearest(
     assert sentence in refused(capsys, *words.split())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("RANK", "x", 0), ("LOCAL_RANK", "", 0), ("NODE_RANK", "-1", 0), ("WORLD_SIZE", "two", 1)],
+)
+@pytest.mark.parametrize("words", ["run tiny.yaml --dry-run", "budget tiny.yaml", "runs"])
+def test_processes_numbered_by_no_number_are_refused(
+    file: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: str,
+    name: str,
+    value: str,
+    least: int,
+) -> None:
+    monkeypatch.setenv(name, value)
+    said = f"error: the environment variable {name} is {value!r}; it must be a whole number from {least} on"
+    assert refused(capsys, *words.split()).startswith(said)
+
+
+@pytest.mark.parametrize("module", ["cli", "launcher"])
+def test_nothing_reads_the_number_of_a_process_before_it_was_looked_at(file: Path, module: str) -> None:
+    """Lightning reads it while it is imported."""
+    command = [sys.executable, "-m", f"engram_lab.{module}", "run", "tiny.yaml"]
+    ended = subprocess.run(command, env={**os.environ, "RANK": "x"}, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1, ended.stderr
+
+
 def test_a_recipe_that_is_not_there(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Did you mean" in refused(capsys, "run", "tiny.yml")
 

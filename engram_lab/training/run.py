@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 from engram_lab import tracking
 from engram_lab.errors import UserError
 from engram_lab.files import write_atomically
+from engram_lab.processes import process_rank
 from engram_lab.recipe import Recipe, ResolvedRun, resolve
 from engram_lab.text import TokenCorpus, prepare
 from engram_lab.training.callbacks import Interrupted, Progress, StopRequest
@@ -116,7 +116,7 @@ def train(
     run = resolve(recipe, corpus)
     preflight(run, corpus)
     directory = run_directory(recipe, run.identity)
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    rank = process_rank()
     described = columns(run, {"data_hash": corpus.data_hash, **(tags or {})})
     if rank:
         with following(directory, rank):
