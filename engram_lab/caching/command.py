@@ -148,19 +148,22 @@ class _Progress:
     """What is done and about how long the rest takes: one line that changes, or a line every ten seconds."""
 
     EVERY_SECONDS = 10.0
-    TOLD_FROM = 0.03  # of the work; before, compiling and the disk are most of the time
+    MEASURED_SECONDS = 10.0  # of work, before what is left is told: compiling, once, is among the first
 
     def __init__(self, console: Console) -> None:
-        self._console, self._begin, self._last = console, time.monotonic(), 0.0
+        self._console, self._last = console, -math.inf
+        self._first: tuple[float, float] | None = None  # time and share of the first call
 
     def __call__(self, what: str, share: float) -> None:
         now = time.monotonic()
-        passed = now - self._begin
+        # What came before the first call is start-up for the most part, and says nothing about what is left.
+        self._first = self._first or (now, share)
         if now - self._last < (0.2 if self._console.is_terminal else self.EVERY_SECONDS) and share < 1:
             return
         self._last = now
-        known = self.TOLD_FROM <= share < 1
-        left = f", about {duration(passed * (1 - share) / share)} left" if known else ""
+        passed, done = now - self._first[0], share - self._first[1]
+        known = passed >= self.MEASURED_SECONDS and done > 0 and share < 1
+        left = f", about {duration(passed * (1 - share) / done)} left" if known else ""
         line = f"{what}: {share:.0%} of all{left}"
         if self._console.is_terminal:
             self._console.print(line.ljust(self._console.width - 1), end="\n" if share >= 1 else "\r")

@@ -4,11 +4,14 @@ import csv
 import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from caching_texts import some_text
+from rich.console import Console
 
+from engram_lab.caching import command
 from engram_lab.caching.study import CacheConfig, Speeds, study_caches, to_plain, to_rows
 from engram_lab.cli import main
 from engram_lab.text import TextConfig, TokenCorpus, prepare
@@ -136,6 +139,21 @@ def test_progress_ends_at_all_of_the_work_and_never_goes_back() -> None:
     )
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
+
+
+def test_what_is_left_is_told_from_ten_seconds_of_work_start_up_aside(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([60.0, 69.0, 71.0, 80.0, 90.0])  # the first call after a minute of start-up
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    progress = command._Progress(Console(highlight=False))
+    for share in (0.01, 0.1, 0.12, 0.21, 1.0):
+        progress("reading", share)
+    assert capsys.readouterr().out.splitlines() == [
+        "reading: 1% of all",
+        "reading: 12% of all, about 1 min 28 s left",  # 88 of 99 hundredths, at 11 in 11 s
+        "reading: 100% of all",
+    ]
 
 
 def test_side_by_side_sequences_change_recency_but_not_frequency() -> None:
