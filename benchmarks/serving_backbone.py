@@ -255,7 +255,7 @@ class Lane:
     """One batch on its way: decodes a step at a time, from a CUDA graph where there is a GPU.
 
     Where the rows are read by threads (`ahead`), those of the next step are asked for as soon as a step's ids
-    are known, and taken when the step begins. Two lanes that take turns so have each other's step for it.
+    are known, and taken when the step begins. Lanes that take turns so have the others' steps for it.
     """
 
     def __init__(self, backbone: Backbone, batch: Batch, memory: Memory | None, *, ahead: bool) -> None:

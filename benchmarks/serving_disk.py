@@ -3,11 +3,12 @@
     python benchmarks/serving_disk.py --directory FOLDER --tokens tokens.npy --out serving_disk.json
 
 Batches of real text (or of words drawn by Zipf's law, without `--tokens`) take turns on a dense backbone
-with random weights, the module in its second block: prefilled in chunks, whose rows are asked for two chunks
-ahead, and continued token by token, whose rows are read during the others' steps. Chunks begin and end with
-the shortest two: nothing is computed before the first one's rows have come, and nothing is read any more
-while the last one is computed. Rows are read around the page cache; a sixteenth of them may be kept in
-memory. One way reads a small table on the device, the other the file, in turn, on the same text:
+with random weights, the module in its second block: prefilled in chunks, whose rows are asked for some chunks
+ahead, and continued token by token, whose rows are read during the others' steps. Chunks grow and shrink
+again: the first one's rows are there soon, and little is left to compute when the last ones have been read.
+The first chunk of the next text is looked up during the last steps of decoding: a server knows what waits.
+Rows are read around the page cache; a sixteenth of them may be kept in memory. One way reads a small table on
+the device, the other the file, in turn, on the same text and in the same batches:
 
     cold        the first text; no row is in memory
     new text    the following ones, each read once
@@ -15,8 +16,8 @@ memory. One way reads a small table on the device, the other the file, in turn, 
 
 Where more rows are missing than the disk can read meanwhile, the disk is the limit: `bound` is the time of
 the small table, or that of the reads alone, whichever is longer. A disk's speed changes from second to
-second; that of the reads alone is therefore measured as soon as the prompts are taken in, by as many look-ups
-of as many rows, as far from each other, from another place of the file.
+second; that of the reads alone is therefore measured right after the text, by as many look-ups of as many
+rows as its prompts asked for, as far from each other, from another place of the file.
 """
 
 from __future__ import annotations
@@ -123,8 +124,15 @@ def reads_done(store: DiskStore) -> int:
     return int(dict(line.split(": ") for line in lines)["read_bytes"]) // BLOCK
 
 
+Text = tuple[list[list[Prompt]], list[torch.Tensor]]
+"""The prompts of every batch, in chunks, and the ids [new + 1, B] that continue each batch."""
+
+
 class Texts:
-    """Texts that follow each other: prompts for both batches, and what continues them."""
+    """Texts that follow each other: prompts for every batch, and what continues them.
+
+    Prompts of all texts have the same lengths, so that none meets a shape for the first time.
+    """
 
     def __init__(self, options: argparse.Namespace, vocab: int, device: torch.device) -> None:
         self.options, self.device = options, device
@@ -135,19 +143,19 @@ class Texts:
             weights = 1.0 / np.arange(1, vocab)
             draw = np.random.default_rng(1)
             self.tokens = 1 + draw.choice(vocab - 1, options.drawn, p=weights / weights.sum())
-        self._lengths = np.random.default_rng(0)
+        draw, count = np.random.default_rng(0), options.batch // options.chunk
+        lengths = np.sort(draw.integers(options.shortest, options.longest + 1, (options.turns, count)))
+        self._lengths = np.concatenate([lengths[:, ::2], lengths[:, 1::2][:, ::-1]], axis=1)
         self._at = 0
 
-    def next(self) -> tuple[list[list[Prompt]], list[torch.Tensor]]:
+    def next(self) -> Text:
         """Return every batch's prompts, and the ids [new + 1, B] that follow them."""
         options = self.options
         prompts: list[list[Prompt]] = []
         coming = []
-        for _ in range(options.turns):
+        for lengths in self._lengths:
             chunks, after = [], []
-            count = options.batch // options.chunk
-            lengths = np.sort(self._lengths.integers(options.shortest, options.longest + 1, count))
-            for length in np.roll(lengths[::-1], 1):
+            for length in lengths:
                 wide = length + options.new + 1
                 here = self._take(options.chunk * wide).reshape(options.chunk, wide)
                 text = np.ascontiguousarray(here[:, :length])
@@ -168,11 +176,12 @@ def measure(
     runner: Runner,
     store: Recorded,
     alone: Alone,
-    text: tuple[list[list[Prompt]], list[torch.Tensor]],
+    text: Text,
+    following: Text | None,
     turn: int,
     steps: int,
 ) -> dict[str, Any]:
-    """Serve one text both ways; `turn` says which is first."""
+    """Serve one text both ways, and begin the one that follows; `turn` says which way is first."""
     prompts, coming = text
     pair: dict[str, Any] = {}
     rows: dict[str, Any] = {}
@@ -185,7 +194,7 @@ def measure(
             if part == "prefill":
                 taken[part] = runner.prefill(way, prompts)
             else:
-                taken[part] = runner.decode(way, coming, steps)
+                taken[part] = runner.decode(way, coming, steps, following and following[0][0])
             if way == "disk":
                 asked, found = store.reads - reads, store.hits - hits
                 rows[part] = {
@@ -196,8 +205,10 @@ def measure(
                     "read_seconds": np.quantile(store.seconds or [0.0], READ_QUANTILES).tolist(),
                 }
                 if part == "prefill":
-                    pair["disk_reads_per_second"] = alone.speed(store.from_file)
+                    look_ups = store.from_file.copy()
         pair[way] = taken
+        if way == "disk":
+            pair["disk_reads_per_second"] = alone.speed(look_ups)
     pair["rows"] = rows
     for part in BOTH:
         rows[part]["reads_per_second"] = rows[part]["reads"] / pair["small"][part]
@@ -307,19 +318,22 @@ def main() -> None:
         runner = Runner(backbone, {**memories}, batches, ahead=("disk",))
         texts = Texts(options, backbone.shape.vocab, device)
         warm = texts.next()
-        for _ in range(2):  # the small table meets every shape; the file's rows are left alone
+        for _ in range(2):  # the small table meets all shapes; the file's rows are left alone
             runner.prefill("small", warm[0])
             runner.decode("small", warm[1], options.new)
         pairs: list[dict[str, Any]] = []
         began = time.perf_counter()
+        text = texts.next()
         for number in range(options.pairs + options.again):
             if time.perf_counter() - began > options.seconds and number > 1:
                 print(f"stopped before text {number}: {options.seconds:.0f} s are over", flush=True)
                 break
-            if number < options.pairs:
-                text = texts.next()
+            following = texts.next() if number + 1 < options.pairs else text
             regime = "cold" if number == 0 else "new text" if number < options.pairs else "again"
-            pairs.append({"regime": regime, **measure(runner, store, alone, text, number, options.new)})
+            pairs.append(
+                {"regime": regime, **measure(runner, store, alone, text, following, number, options.new)}
+            )
+            text = following
             print(json.dumps(pairs[-1]), flush=True)
             summary = summarise(pairs)
             results |= {"decode_error": error, "pairs": pairs, "summary": summary}
