@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,8 +141,7 @@ class Decoder:
         self._left -= 1
         self.over = self._left == 0 or all(token in (None, self._network.eos_id) for token in tokens)
         if self.over:
-            for join in self._joins:  # memory that is still written to may not be given back
-                join()
+            self.close()
         return tokens
 
     @torch.no_grad()
@@ -155,6 +155,13 @@ class Decoder:
             self._step = self._capture()
         self._step()
         self._draw()
+
+    def close(self) -> None:
+        """Wait for rows that nobody will take: memory that is still written to may not be given back."""
+        joins, self._joins = self._joins, []
+        for join in joins:
+            with suppress(Exception):  # of rows that are not needed; what ended the batch is told
+                join()
 
     def _draw(self) -> None:
         """Draw the next ids, and ask the tables for them that a graph cannot read."""
@@ -207,12 +214,12 @@ def stream(
     A row is over, and yields None, once it has yielded the network's end-of-text id. The network is put into
     evaluation mode, in which it stays.
     """
-    decoder = Decoder(network, prompts, length, sampling or Sampling())
-    while True:
-        yield decoder.take()
-        if decoder.over:
-            return
-        decoder.advance()
+    with closing(Decoder(network, prompts, length, sampling or Sampling())) as decoder:
+        while True:
+            yield decoder.take()
+            if decoder.over:
+                return
+            decoder.advance()
 
 
 def generate(
@@ -235,17 +242,21 @@ def generate(
     waiting = deque(enumerate(groups))
     lanes: list[tuple[list[int], Decoder]] = []
     continuations: list[list[int]] = [[] for _ in prompts]
-    while waiting or lanes:
-        while waiting and len(lanes) < at_once:
-            number, group = waiting.popleft()
-            seeded = replace(sampling, seed=sampling.seed + number)
-            lanes.append((group, Decoder(network, [prompts[n] for n in group], length, seeded)))
-        for group, decoder in list(lanes):
-            for n, token in zip(group, decoder.take(), strict=True):
-                if token is not None:
-                    continuations[n].append(token)
-            if decoder.over:
-                lanes.remove((group, decoder))
-            else:
-                decoder.advance()
+    try:
+        while waiting or lanes:
+            while waiting and len(lanes) < at_once:
+                number, group = waiting.popleft()
+                seeded = replace(sampling, seed=sampling.seed + number)
+                lanes.append((group, Decoder(network, [prompts[n] for n in group], length, seeded)))
+            for group, decoder in list(lanes):
+                for n, token in zip(group, decoder.take(), strict=True):
+                    if token is not None:
+                        continuations[n].append(token)
+                if decoder.over:
+                    lanes.remove((group, decoder))
+                else:
+                    decoder.advance()
+    finally:
+        for _, decoder in lanes:
+            decoder.close()
     return continuations
