@@ -22,9 +22,10 @@ import fcntl
 import json
 import os
 import threading
+import weakref
 import zlib
 from collections.abc import Callable, Collection
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class DiskStore:
     A store that is written keeps a log (memory/written_log.py), written before the rows, so that the file can
     be brought back to a checkpoint by putting back only what was written since. After an error of the disk,
     reading and writing raise it again and the log stays as it is: the checkpoint can still be restored.
+    A store that is dropped without `close` leaves the file as a killed process does, free for others to open.
 
     Args:
         path: the file; created, with all bytes reserved, where there is none and `writable` allows it.
@@ -104,16 +106,24 @@ class DiskStore:
             cache_rows = min(rows // 16, available_memory() // 4 // self.record_bytes)
         self._cache = RowCache(min(cache_rows, rows), self.record_bytes) if cache_rows else None
         self._lock, self._writing = threading.Lock(), threading.Lock()
+        held = ExitStack()  # knows nothing of the store, or the store would never go
+        self._release = weakref.finalize(self, held.close)
+        self._release.atexit = False  # the end of the process frees all, and a thread may still read then
         self._file, direct = _open(path, writable)
+        held.callback(os.close, self._file)
         try:
             _check(self._file, path, expected, _size(rows, self.record_bytes))
             if not writable and not any(path.parent.glob(f"{path.name}.written-*")):
                 raise UserError(f"{path} was never filled to the end; train or import its table first.")
+            self._log = WrittenLog(path, rows) if writable else None
         except BaseException:
-            os.close(self._file)
+            self._release()
             raise
-        self._log = WrittenLog(path, rows) if writable else None
+        if self._log is not None:
+            held.callback(self._log.close, durable=False)
         self._deep = _deep_reads(self._file, self.record_bytes) if direct else None
+        if self._deep is not None:
+            held.callback(self._deep.close)
         self._workers = Workers(threads or (None if self._deep else THREADS))
 
     def read(self, ids: Tensor, out: Tensor) -> None:
@@ -202,10 +212,8 @@ class DiskStore:
         finally:
             if self._log is not None:
                 self._log.close(durable=not self._failure)
-            if self._deep is not None:
-                self._deep.close()
-            os.close(self._file)
-            self._file = -1
+            self._release()
+            self._file = -1  # the number may soon be another file's
 
     @property
     def _open_log(self) -> WrittenLog:

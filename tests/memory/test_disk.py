@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -270,6 +271,37 @@ def test_a_writer_has_the_file_alone(tmp_path: Path) -> None:
         reader.close()
 
 
+def queues_of_reads() -> int:
+    """Queues of asynchronous reads that this process has; the system maps memory for each."""
+    return Path("/proc/self/maps").read_text().count("/[aio]")
+
+
+def test_a_store_that_is_dropped_leaves_nothing_open(tmp_path: Path) -> None:
+    path = tmp_path / "t.rows"
+    filled(path).close()
+    gc.collect()
+    before = queues_of_reads(), threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for writable in (False, True):
+        store = DiskStore(path, LAYOUT, ROWS, "hash 1", writable=writable)
+        assert torch.equal(everything(store), expected())
+        if store._deep is not None:
+            assert queues_of_reads() > before[0]
+        if writable:
+            write_ones(store, 9)
+        threads = store._workers._pool._threads.copy()
+        assert threads or not writable  # reads around the page cache need none
+        del store
+        gc.collect()
+        for thread in threads:
+            thread.join(30)
+        assert (queues_of_reads(), threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    again = DiskStore(path, LAYOUT, ROWS, "hash 1")
+    written = again.written_since(["start"])
+    assert written is not None
+    assert written.tolist() == [9]
+    again.close()
+
+
 def test_a_table_that_is_missing_or_half_filled_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "t.rows"
     with pytest.raises(UserError, match="cannot be opened: No such file"):
@@ -396,8 +428,7 @@ def test_after_a_loss_of_power_only_a_log_that_was_closed_is_believed(
     if closed:
         store.close()
     else:
-        os.close(store._file)  # what the end of the process does
-        store._file = -1
+        store._release()  # what the end of the process does
     monkeypatch.setattr(written_log, "_boot", lambda: "another boot")
     store = DiskStore(tmp_path / "t.rows", LAYOUT, ROWS, "hash 1")
     found = store.written_since(["start"])
