@@ -31,7 +31,8 @@ except ImportError:  # triton comes with torch's builds for CUDA only
 
 FEW_ROWS = 32_768
 """Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
-two cross between 16,384 and 65,536 rows (benchmarks/results/serving.md)."""
+two crossed between 16,384 and 65,536 rows (benchmarks/results/serving.md, run 1; the kernel has used fewer
+processors since then)."""
 SLOTS = 5
 """Pinned buffers of a table: look-ups by threads that may be under way at once. A disk pauses now and then
 for longer than a step; rows asked for four steps before they are needed come in time all the same."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from engram_lab.memory import disk
+from engram_lab.memory import deep_reads, disk
 from engram_lab.memory.deep_reads import AT_ONCE, DeepReads
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.disk_copy import BLOCK, ENDED
@@ -66,6 +67,22 @@ def test_calls_at_the_same_time_do_not_mix(tmp_path: Path, content: np.ndarray) 
 
     with opened(tmp_path / "t") as file, ThreadPoolExecutor(2 * AT_ONCE) as threads:
         assert all(threads.map(lambda seed: call(file, seed), range(24)))
+    reads.close()
+
+
+def test_two_calls_are_inside_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, both = DeepReads(84, 4), threading.Barrier(AT_ONCE, timeout=10)
+
+    def meeting(*_: object) -> int:
+        both.wait()  # never returns for a call that is alone
+        return 0
+
+    monkeypatch.setattr(deep_reads, "_read", meeting)
+    none = np.arange(0)
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        calls = [threads.submit(reads.read, 0, BLOCK, none, 0, none) for _ in range(AT_ONCE)]
+        assert [call.result() for call in calls] == [0] * AT_ONCE
+    assert AT_ONCE > 1
     reads.close()
 
 
