@@ -17,19 +17,26 @@ from engram_lab.memory import room
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.host import HostStore, map_records
 from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.shard import Shard
 from engram_lab.memory.stores import DeviceStore, RowStore, fill
 
 Make = Callable[[int, int], RowStore]
 
 
-@pytest.fixture(params=["device", "host", "disk", "disk without cache"])
+@pytest.fixture(params=["device", "shard", "host", "disk", "disk without cache"])
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make]:
-    """Open empty stores of one kind; they are closed in the end."""
+    """Open empty stores of one kind; they are closed in the end.
+
+    The shard is that of the only rank, which holds all rows; one of several writes its own and leaves the
+    others (test_a_shard_keeps_its_own_rows).
+    """
     opened: list[RowStore] = []
 
     def build(rows: int, record_bytes: int) -> RowStore:
         if request.param == "device":
             store: RowStore = DeviceStore(rows, record_bytes)
+        elif request.param == "shard":
+            store = Shard(rows, record_bytes, torch.device("cpu"), rank=0, ranks=1)
         elif request.param == "host":
             store = HostStore(rows, record_bytes, threads=2)
         else:
@@ -88,6 +95,26 @@ def test_equals_a_tensor(
             assert torch.equal(out[:n], expected[ids])
             assert (out[n:] == 7).all(), "what lies behind the rows asked for was touched"
     assert torch.equal(everything(store), expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 101])
+def test_a_shard_keeps_its_own_rows(rows: int) -> None:
+    """Filled with all rows, and written rows of others too, every shard holds its own and no others."""
+    ranks, expected = 3, random_bytes(rows, 20, 0)
+    shards = [Shard(rows, 20, torch.device("cpu"), rank=rank, ranks=ranks) for rank in range(ranks)]
+    ids = torch.randperm(rows, generator=torch.Generator().manual_seed(1))[: rows // 2]
+    written = random_bytes(len(ids) + 3, 20, 2)
+    for shard in shards:
+        fill(shard, fill_from(expected), threads=2)
+        shard.write(ids, written)
+    expected[ids] = written[: len(ids)]
+    for rank, shard in enumerate(shards):
+        mine = torch.tensor(range(rank, rows, ranks), dtype=torch.int64).flip(0)
+        assert shard.held.rows == len(mine)
+        out = torch.full((len(mine) + 1, 20), 7, dtype=torch.uint8)
+        shard.read(mine, out)
+        assert torch.equal(out[:-1], expected[mine])
+        assert (out[-1] == 7).all()
 
 
 @pytest.mark.parametrize("bad", [-1, 100, 2**40])
