@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 import platform
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from engram_lab.memory.row_copy import copy_bytes
 DEPTH = 512
 """Reads that one call has under way at once: disks want many."""
 AT_ONCE = 2
-"""Calls inside at once: while the last reads of one end, those of another keep the disk busy."""
+"""Calls inside at once, at most: while the last reads of one end, those of another keep the disk busy."""
 AGAIN, INTERRUPTED = errno.EAGAIN, errno.EINTR
 REQUEST, EVENT = 8, 4  # 8-byte words of Linux's iocb and io_event
 
@@ -46,6 +47,8 @@ _syscall: Any = types.ExternalFunction("syscall", types.int64(*[types.int64] * 6
 class DeepReads:
     """Reads records of S bytes; `AT_ONCE` calls at a time are inside, others wait.
 
+    Where the system has one queue to spare, one call is.
+
     Args:
         record_bytes: S.
         depth: K, reads that one call has under way at once.
@@ -60,16 +63,12 @@ class DeepReads:
             raise OSError(errno.ENOSYS, f"no asynchronous reads on {platform.machine()}")
         self._calls, self._S = calls, record_bytes
         self._queues: SimpleQueue[_Queue] = SimpleQueue()
-        queues: list[_Queue] = []
-        try:
-            while len(queues) < AT_ONCE:
-                queues.append(_Queue(calls, record_bytes, depth))
-        except OSError:
-            for queue in queues:
-                queue.destroy()
-            raise
-        for queue in queues:
-            self._queues.put(queue)
+        self._queues.put(_Queue(calls, record_bytes, depth))
+        self._at_once = 1
+        with suppress(OSError):
+            while self._at_once < AT_ONCE:
+                self._queues.put(_Queue(calls, record_bytes, depth))
+                self._at_once += 1
 
     def read(self, file: int, start: int, ids: np.ndarray, out: int, places: np.ndarray) -> int:
         """Read records `ids` [n], ascending, of a file opened with O_DIRECT.
@@ -106,7 +105,7 @@ class DeepReads:
 
     def close(self) -> None:
         """Give the system's queues back, once those inside have left; a later read returns EINVAL."""
-        queues = [self._queues.get() for _ in range(AT_ONCE)]
+        queues = [self._queues.get() for _ in range(self._at_once)]
         for queue in queues:
             queue.destroy()
             self._queues.put(queue)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import threading
 import weakref
@@ -48,6 +49,8 @@ from engram_lab.memory.room import available_memory, require_disk
 from engram_lab.memory.row_cache import RowCache
 from engram_lab.memory.row_copy import Workers, check_ids
 from engram_lab.memory.written_log import WrittenLog
+
+logger = logging.getLogger(__name__)
 
 MAGIC, VERSION = b"ENGRDISK", 1
 THREADS = 64  # reads under way at once
@@ -121,7 +124,7 @@ class DiskStore:
             raise
         if self._log is not None:
             held.callback(self._log.close, durable=False)
-        self._deep = _deep_reads(self._file, self.record_bytes) if direct else None
+        self._deep = _deep_reads(self._file, path, self.record_bytes) if direct else None
         if self._deep is not None:
             held.callback(self._deep.close)
         self._workers = Workers(threads or (None if self._deep else THREADS))
@@ -329,11 +332,18 @@ def _open(path: Path, writable: bool) -> tuple[int, bool]:
     return file, direct
 
 
-def _deep_reads(file: int, record_bytes: int) -> DeepReads | None:
-    """Return what reads around the page cache; where the system has no such reads, go through it."""
+def _deep_reads(file: int, path: Path, record_bytes: int) -> DeepReads | None:
+    """Return what reads around the page cache; or say that the system has none, and go through it."""
     try:
         return DeepReads(record_bytes)
-    except OSError:
+    except OSError as error:
+        logger.warning(
+            "rows of %s are read through the page cache, more slowly and with more memory than cache_rows "
+            "takes: the system gives no asynchronous reads (%s); where none are left, raise "
+            "/proc/sys/fs/aio-max-nr",
+            path,
+            error.strerror,
+        )
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
         return None
 

@@ -102,7 +102,7 @@ def test_errors_are_told_and_leave_nothing_under_way(tmp_path: Path, content: np
 
 
 def test_a_system_without_such_reads_goes_through_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     layout = RecordLayout(row_dim=16, weights="float8", rule=None, alignment=4)
     given = torch.randint(0, 256, (ROWS, layout.record_bytes), dtype=torch.uint8)
@@ -114,10 +114,37 @@ def test_a_system_without_such_reads_goes_through_the_page_cache(
     def refused(record_bytes: int) -> DeepReads:
         raise OSError(errno.EPERM, "forbidden")
 
-    for reads in (DeepReads, refused):
+    reason = "asynchronous reads (forbidden); where none are left, raise /proc/sys/fs/aio-max-nr"
+    for reads, said in ((DeepReads, []), (refused, [reason])):
         monkeypatch.setattr(disk, "DeepReads", reads)
         store = DiskStore(tmp_path / "t", layout, ROWS, "x", cache_rows=0, writable=False)
         out, ids = torch.empty_like(given), torch.randperm(ROWS)
         store.read(ids, out)
         assert torch.equal(out, given[ids])
         store.close()
+        assert [record.getMessage()[-len(reason) :] for record in caplog.records] == said
+
+
+def test_one_queue_does_where_the_system_has_no_second(
+    tmp_path: Path, content: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[deep_reads._Queue] = []
+
+    def scarce(*options: object) -> deep_reads._Queue:
+        if made:
+            raise OSError(errno.EAGAIN, "none left")
+        made.append(queue(*options))  # type: ignore[arg-type]
+        return made[0]
+
+    queue = deep_reads._Queue
+    monkeypatch.setattr(deep_reads, "_Queue", scarce)
+    reads, ids = DeepReads(content.shape[1], 4), np.arange(ROWS)
+    outs = [np.zeros_like(content) for _ in range(4)]
+    with opened(tmp_path / "t") as file, ThreadPoolExecutor(len(outs)) as threads:
+        call = lambda out: reads.read(file, BLOCK, ids, out.ctypes.data, ids)  # noqa: E731
+        assert list(threads.map(call, outs)) == [0] * len(outs)
+    assert all((out == content).all() for out in outs)
+    reads.close()
+    assert made[0].context.value == 0
+    with pytest.raises(OSError, match="none left"):
+        DeepReads(content.shape[1], 4)
