@@ -264,10 +264,11 @@ class DiskStore:
             self._fail(what, "the file ends too early" if result == ENDED else os.strerror(result))
 
     def _fail(self, what: str, reason: str) -> None:
-        self._failure = (
-            f"Rows cannot be {what} {self.path}: {reason}; mend the disk or make room there, then resume "
-            "from the last checkpoint, which is intact."
-        )
+        if self._log is None:
+            remedy = f"mend the disk, or remove {self.path}* to build the table anew, and start again"
+        else:
+            remedy = "mend the disk or make room there, then resume from the last checkpoint, which is intact"
+        self._failure = f"Rows cannot be {what} {self.path}: {reason}; {remedy}."
         self._raise_failure()
 
     def _raise_failure(self) -> None:
@@ -350,7 +351,7 @@ def _deep_reads(file: int, path: Path, record_bytes: int) -> DeepReads | None:
 
 def _check(file: int, path: Path, expected: dict[str, Any], size: int) -> None:
     """Raise a UserError unless the file is whole and holds what is expected."""
-    remedy = f"remove {path.parent} to build the table anew, or choose another memory.directory"
+    remedy = f"remove {path}* to build the table anew, or choose another memory.directory"
     with path.open("rb") as whole:
         block = whole.read(BLOCK)
     found = os.fstat(file).st_size

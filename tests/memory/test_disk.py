@@ -245,8 +245,9 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], byt
     path = tmp_path / "t.rows"
     filled(path).close()
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as caught:
         DiskStore(path, LAYOUT, ROWS, "hash 1")
+    assert f"remove {path}* to build the table anew" in str(caught.value)  # not a run's folder
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,10 +364,26 @@ def test_a_full_disk_stops_the_store_and_loses_no_knowledge(tmp_path: Path, targ
 def test_a_file_that_shrinks_is_noticed_and_no_row_made_up(tmp_path: Path) -> None:
     store = filled(tmp_path / "t.rows", cache_rows=0)
     os.truncate(tmp_path / "t.rows", BLOCK + 2000 * LAYOUT.record_bytes)
-    with pytest.raises(UserError, match=r"Rows cannot be read from .*: the file ends too early"):
+    with pytest.raises(
+        UserError, match=r"Rows cannot be read from .*: the file ends too early; .*checkpoint"
+    ):
         everything(store)
     with pytest.raises(UserError, match="ends too early"):
         write_ones(store, 1)
+    store.close()
+
+
+def test_who_only_reads_is_not_sent_to_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "t.rows"
+    filled(path).close()
+    store = DiskStore(path, LAYOUT, ROWS, "hash 1", writable=False, cache_rows=0)
+    os.truncate(path, BLOCK + BLOCK)
+    with pytest.raises(UserError) as caught:
+        everything(store)
+    assert str(caught.value) == (
+        f"Rows cannot be read from {path}: the file ends too early; mend the disk, or remove {path}* to "
+        "build the table anew, and start again."
+    )
     store.close()
 
 
