@@ -26,6 +26,7 @@ from engram_lab.recipe_file import read_recipe
 from engram_lab.studies.progress import StudyProgress
 from engram_lab.studies.runner import run_study
 from engram_lab.text import TextConfig, TokenCorpus, look_ahead, prepare, split_warning
+from engram_lab.wording import duration
 
 console = Console()
 
@@ -182,15 +183,6 @@ def describe(progress: StudyProgress) -> str:
         return done
     left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
     return f"{done}, {progress.tokens_per_second:,.0f} tokens/s{left}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as people say it."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def budget(words: list[str]) -> None:

@@ -76,7 +76,9 @@ def test_only_the_first_process_of_a_run_prints(
 
 
 @pytest.mark.slow
-def test_two_processes_tell_of_their_result_once(tiny: dict[str, Any], in_tmp_path: Path) -> None:
+def test_two_processes_tell_how_far_they_are_and_their_result_once(
+    tiny: dict[str, Any], in_tmp_path: Path
+) -> None:
     Path("tiny.yaml").write_text(yaml.safe_dump(tiny))
     command = [sys.executable, "-m", "engram_lab.cli", "run", "tiny.yaml"]
     done = subprocess.run(
@@ -87,5 +89,5 @@ def test_two_processes_tell_of_their_result_once(tiny: dict[str, Any], in_tmp_pa
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    for line in ("validation loss", "weights:", "runs:"):
+    for line in ("training:", "step 8 of 24", "\nvalidation loss", "weights:", "runs:"):
         assert done.stdout.count(line) == 1, done.stdout

@@ -18,13 +18,14 @@ from engram_lab.caching.curves import cache_sizes
 from engram_lab.caching.page import build
 from engram_lab.caching.stream import Text
 from engram_lab.caching.study import COLUMNS, CacheConfig, CacheStudy, Speeds, study_caches, to_plain, to_rows
-from engram_lab.commands import duration, prepare_shown
+from engram_lab.commands import prepare_shown
 from engram_lab.errors import UserError
 from engram_lab.files import write_atomically
 from engram_lab.model.engram import EngramConfig
 from engram_lab.recipe_file import read_recipe
 from engram_lab.text import TextConfig, TokenCorpus
 from engram_lab.text.shards import RECORD
+from engram_lab.wording import duration
 from scaling.report.html import to_html
 from scaling.report.numbers import short
 

@@ -81,6 +81,7 @@ class StepLog(Callback):
         self._first = 0
         self._batch_loss = torch.tensor(0.0)
         self._reading: _Reading | None = None
+        self.latest: Progress | None = None  # as last reported of a step of this sitting
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock and say where the run stands."""
@@ -147,8 +148,9 @@ class StepLog(Callback):
                 **reading.rates,
             }
             trainer.logger.log_metrics(metrics, step=step)
+        self.latest = Progress(step, self.steps, speed, loss)
         if self.observer:
-            self.observer(Progress(step, self.steps, speed, loss))
+            self.observer(self.latest)
 
 
 class FlushBeforeCheckpoint(Callback):

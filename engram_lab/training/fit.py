@@ -29,6 +29,7 @@ from engram_lab.training.callbacks import (
 from engram_lab.training.data import EngramDataModule
 from engram_lab.training.execution import gather
 from engram_lab.training.module import EngramModule
+from engram_lab.training.progress import progress_bar
 from engram_lab.training.rows import TableRows, moves_records
 from engram_lab.training.trainer import build_trainer, quiet
 
@@ -63,7 +64,7 @@ def fit(
     record: RunRecord | None,
     observer: Callable[[Progress], None] | None,
     stop: StopRequest | None,
-    progress_bar: bool,
+    show_progress: bool,
 ) -> RunResult:
     """Train the run from its last checkpoint on, evaluate it, and keep weights and result in its folder.
 
@@ -74,7 +75,7 @@ def fit(
         record: where metrics go; None on all processes but the first.
         observer: called with the run's progress.
         stop: asked between steps.
-        progress_bar: show Lightning's bar.
+        show_progress: print how far the run is, as a bar or in lines.
 
     Raises:
         Diverged: the loss became NaN or infinite.
@@ -104,18 +105,19 @@ def fit(
         interval = -(-config.steps // (config.evaluations + 1)) if config.evaluations else None
         before = _seconds_so_far(directory)
         started = time.perf_counter()
+        log = StepLog(
+            every=log_every,
+            steps=config.steps,
+            tokens_per_step=config.tokens_per_step,
+            observer=observer,
+        )
         with stop.listening(), quiet():
             trainer = build_trainer(
                 recipe.trainer,
                 steps=config.steps,
                 evaluate_every=interval,
                 callbacks=[
-                    StepLog(
-                        every=log_every,
-                        steps=config.steps,
-                        tokens_per_step=config.tokens_per_step,
-                        observer=observer,
-                    ),
+                    log,
                     *([] if rows is None else [rows]),
                     MemoryHealth(),
                     FlushBeforeCheckpoint(),
@@ -128,7 +130,7 @@ def fit(
                     ),
                 ],
                 logger=record.logger() if record is not None else None,
-                progress_bar=progress_bar,
+                progress_bar=progress_bar(log, interval) if show_progress else None,
             )
             try:
                 checkpoint = latest_checkpoint(directory)

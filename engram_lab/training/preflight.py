@@ -28,7 +28,7 @@ def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
     _check_rows(run)
     with quiet():
         trainer = build_trainer(
-            recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=False
+            recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=None
         )
     _require_memory(run, trainer)
     _check_processes(run, trainer)

@@ -105,7 +105,7 @@ def train(
         parent_run: MLflow run of the study this is a trial of.
         observer: called with the run's progress, at its start and whenever a step is logged.
         stop: asked between steps; signals set it too.
-        progress_bar: show Lightning's bar.
+        progress_bar: print how far the run is: Lightning's bar on a terminal, else a line now and then.
 
     Raises:
         Diverged: the loss became NaN or infinite; the run is marked failed.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
@@ -43,19 +43,6 @@ PRECISIONS = ("32-true", "bf16-mixed")
 """Weights and table rows are float32. Float16 would need scaled losses, which rows do not know of."""
 
 
-class _Bar(RichProgressBar):
-    """Lightning's bar, for a run that is one pass of a known number of steps: no epochs to number, and the
-    batches of a resumed run count from its beginning, where Lightning sets them against those that are left.
-    """
-
-    @property
-    def total_train_batches(self) -> int:
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training".ljust(len(self.validation_description))
-
-
 @functools.cache
 def _parser() -> LightningArgumentParser:
     parser = LightningArgumentParser()
@@ -70,7 +57,7 @@ def build_trainer(
     evaluate_every: int | None,
     callbacks: Sequence[Callback],
     logger: Logger | None,
-    progress_bar: bool,
+    progress_bar: ProgressBar | None,
 ) -> Trainer:
     """Build the Trainer of one run.
 
@@ -80,7 +67,7 @@ def build_trainer(
         evaluate_every: optimizer steps between evaluations, or None for none during training.
         callbacks: come before those of `settings`.
         logger: where metrics go.
-        progress_bar: show Lightning's bar.
+        progress_bar: what shows how far the run is, unless `settings` have such a callback; or None.
 
     Raises:
         UserError: a setting that follows from another field, devices that do not exist, a precision that
@@ -100,9 +87,9 @@ def build_trainer(
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         values["precision"] = "bf16-mixed" if on_gpu else "32-true"
     own = [*callbacks, *(values.get("callbacks") or [])]
-    shown = progress_bar and values.get("enable_progress_bar") is not False
-    if shown and not any(isinstance(callback, ProgressBar) for callback in own):
-        own.append(_Bar())
+    shown = progress_bar is not None and values.get("enable_progress_bar") is not False
+    if progress_bar is not None and shown and not any(isinstance(c, ProgressBar) for c in own):
+        own.append(progress_bar)
     values |= {
         "max_steps": steps,
         "max_epochs": -1,

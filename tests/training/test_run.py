@@ -121,6 +121,7 @@ def test_the_bar_of_a_resumed_run_counts_all_its_batches(
             seen.append((bar.train_progress_bar.completed, bar.train_progress_bar.total))
 
     monkeypatch.setattr(RichProgressBar, "_update", spy)
+    monkeypatch.setattr("engram_lab.training.progress.has_bars", lambda: True)
     stop = StopRequest()
 
     def observer(progress: Progress) -> None:
@@ -249,12 +250,27 @@ def router_biases(directory: Path) -> torch.Tensor:
 
 
 def start(file: Path) -> subprocess.Popen[bytes]:
+    """Run it from the command line, in a session of its own: a signal to that reaches all its processes."""
     return subprocess.Popen(
         [sys.executable, "-m", "engram_lab.cli", "run", str(file)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
+
+
+def to_the_end(recipe: Recipe, folder: Path) -> None:
+    """Train it; from the command line where that starts several processes."""
+    if recipe.trainer["devices"] == 1:
+        train(recipe, progress_bar=False)
+        return
+    file = folder / "to_the_end.yaml"
+    folder.mkdir(exist_ok=True)
+    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    process = start(file)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
 
 
 @pytest.mark.slow
@@ -262,23 +278,32 @@ def start(file: Path) -> subprocess.Popen[bytes]:
     ("memory", "reference", "kills"),
     [
         ({}, {}, 3),
+        ({"unique_rows": True}, {"unique_rows": True}, 2),
         ({"tier": "host", "depth": 3}, {"unique_rows": True}, 2),
         ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, 2),
+        ({"tier": "sharded"}, {"tier": "sharded"}, 2),
     ],
-    ids=["dense", "host", "disk"],
+    ids=["dense", "device", "host", "disk", "sharded"],
 )
 def test_killed_at_random_moments_it_ends_the_same(
     tiny: dict[str, Any], tmp_path: Path, memory: dict[str, Any], reference: dict[str, Any], kills: int
 ) -> None:
-    """SIGKILL, several times, wherever it hits: a step, an evaluation, a checkpoint or row being written."""
-    tiny["data"] = {**tiny["data"], "tokens": 32 * 4 * 90}
+    """SIGKILL, several times, wherever it hits: a step, an evaluation, a checkpoint or row being written.
+
+    Two processes hold the sharded table; ranks add up in one order, so that as many repeat a run exactly.
+    """
+    tiny["data"] = {**tiny["data"], "tokens": 32 * 4 * 150, "repeat": True}
+    if memory.get("tier") == "sharded":
+        tiny["trainer"] = {**tiny["trainer"], "devices": 2, "strategy": "ddp"}
     elsewhere = moved(Recipe.from_dict({**tiny, "memory": reference}), tmp_path / "reference")
     tiny["memory"] = memory
     recipe = Recipe.from_dict(tiny)
-    expected = train(elsewhere, progress_bar=False)
+    to_the_end(elsewhere, tmp_path / "reference")
+    directory = run_directory(recipe, resolve(recipe, prepare(recipe.text)).identity)
+    expected = read_result(run_directory(elsewhere, directory.name))
+    assert expected is not None
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tiny))
-    directory = run_directory(recipe, expected.identity)
     chance = random.Random(0)
     for _ in range(kills):
         seen = set(directory.glob("checkpoints/*.ckpt"))
@@ -286,12 +311,15 @@ def test_killed_at_random_moments_it_ends_the_same(
         while process.poll() is None and set(directory.glob("checkpoints/*.ckpt")) <= seen:
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    result = read_result(directory)
-    if result is None:
+        ended = process.poll()
+        os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        assert ended is None, errors.decode()
+        assert read_result(directory) is None, "the run was over before it was killed"
         assert status(recipe)[0] == "RUNNING"
-    result = train(recipe, progress_bar=False)
+    to_the_end(recipe, tmp_path)
+    result = read_result(directory)
+    assert result is not None
     assert result.loss == expected.loss
     assert curves(recipe, "train/loss") == curves(elsewhere, "train/loss")
     assert curves(recipe, "val/loss") == curves(elsewhere, "val/loss")
