@@ -125,6 +125,22 @@ def test_a_stopped_run_goes_on_exactly(tiny: dict[str, Any], tmp_path: Path, mem
     assert len(seen) == 8
 
 
+def test_a_table_file_that_was_removed_is_made_anew_from_the_checkpoint(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = losses(recipe(tiny, tmp_path / "whole", RESIDENT))
+    stop = StopRequest()
+    with pytest.raises(KeyboardInterrupt):
+        losses(recipe(tiny, tmp_path / "run", DISK), stop, 10)
+    files = list((tmp_path / "run" / "runs").glob("*/*.table*"))
+    assert len(files) >= 2  # with its log
+    for file in files:
+        file.unlink()
+    seen = losses(recipe(tiny, tmp_path / "run", DISK))
+    assert seen == whole[-len(seen) :]
+    assert 0 < len(seen) < len(whole)
+
+
 def test_a_run_may_move_to_another_tier(tiny: dict[str, Any], tmp_path: Path) -> None:
     whole = losses(recipe(tiny, tmp_path / "whole", RESIDENT))
     stop = StopRequest()
