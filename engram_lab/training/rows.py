@@ -98,6 +98,7 @@ class TableRows(Callback):
         self._pipeline: RowService | None = None
         self._shows = False
         self._manifests: list[Manifest] = []
+        self._hits = self._reads = 0  # of the disk's store, at the last log line
 
     @property
     def pipeline(self) -> RowService:
@@ -235,7 +236,11 @@ class TableRows(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what the rows' travel cost a step, at every `every`-th optimizer step and at the last."""
+        """Log what the rows' travel cost a step, at every `every`-th optimizer step and at the last.
+
+        All of it is of the steps since the last line. The disk's share of hits is of its rows read meanwhile,
+        those of steps gathered ahead, of evaluations and of checkpoints among them.
+        """
         step = trainer.global_step
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if trainer.logger is None or not stepped or (step % self.every and step != self.total_steps):
@@ -250,8 +255,12 @@ class TableRows(Callback):
             "train/lr_tables": self.rates(step),
         }
         store = self.pipeline.store
-        if isinstance(store, DiskStore) and store.reads:
-            numbers["rows/cache_hit_share"] = store.hits / store.reads
+        if isinstance(store, DiskStore):
+            hits, reads = store.hits - self._hits, store.reads - self._reads
+            self._hits, self._reads = self._hits + hits, self._reads + reads
+            if reads:  # none, where all steps of the line had been gathered before it
+                # The thread that gathers may count a step between the two looks.
+                numbers["rows/cache_hit_share"] = min(1.0, hits / reads)
         trainer.logger.log_metrics(numbers, step=step)
 
     def export(self, folder: Path) -> None:
