@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engram_lab.budget import Allocation, BudgetConfig, solve
@@ -167,8 +168,9 @@ def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
     """Solve the budget and compute the run's identity.
 
     The identity is a hash of what can change the loss: the solved network, optimizer, batch geometry,
-    tokens, seed, the text's and the hash's versions, and whether table rows train as records or as one dense
-    parameter (the balanced momentum is another rule there, and neither continues the other's checkpoints).
+    tokens, seed, the text's and the hash's versions, the rows that tables begin with where they are given,
+    and whether table rows train as records or as one dense parameter (the balanced momentum is another rule
+    there, and neither continues the other's checkpoints).
     Defaults are left out of it, so a field added later orphans no run; where a run is executed and recorded,
     which tier holds the records included, is no part of it. A text that has not been read gives
     the right network and an identity that no run has.
@@ -191,12 +193,25 @@ def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
         "data": {k: v for k, v in _without_defaults(data).items() if k != "tokens"},
         **{f"memory.{name}": given for name, given in formats.items() if given != "float32"},
         **({"memory.by_record": True} if by_record else {}),
+        **_initial_rows(recipe.memory),
         "trainer": {
             k: v for k, v in sorted(recipe.trainer.items()) if k not in EXECUTION_ONLY and v is not None
         },
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return ResolvedRun(recipe=recipe, network=allocation.network, allocation=allocation, identity=digest[:16])
+
+
+def _initial_rows(memory: MemoryConfig) -> dict[str, str]:
+    """What the identity says of rows that are given: what they are, not where they lie."""
+    if memory.initial_rows is None:
+        return {}
+    from engram_lab.memory.export import SavedRows  # would cost every command half a second
+
+    try:
+        return {"memory.initial_rows": SavedRows(Path(memory.initial_rows)).digest}
+    except UserError as error:
+        raise UserError(f"memory.initial_rows cannot be used: {error}") from error
 
 
 def _without_defaults(config: Any) -> dict[str, Any]:

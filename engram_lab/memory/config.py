@@ -16,9 +16,9 @@ TrainedStorage = Literal["float32", "bfloat16"]
 class MemoryConfig:
     """Where table rows live while a network trains or generates, and in which format they are trained.
 
-    A run's losses, and so its identity, depend on `rows`, on `state`, and on whether its rows train as
-    records or as one dense parameter; on nothing else here. How rows are read is engram.row_storage; their
-    rule is optimizer.table_optimizer.
+    A run's losses, and so its identity, depend on `rows`, on `state`, on what `initial_rows` holds, and on
+    whether its rows train as records or as one dense parameter; on nothing else here. How rows are read is
+    engram.row_storage; their rule is optimizer.table_optimizer.
 
     Attributes:
         tier: "resident" on the device, "host" in the host's memory, "disk" in a file, "sharded" over ranks.
@@ -26,6 +26,9 @@ class MemoryConfig:
             training one dense parameter. Tiers then agree bit for bit on a CPU.
         rows: format in which rows are trained; bfloat16 rows are rounded stochastically.
         state: format of the row optimizer's averages.
+        initial_rows: folder of a network saved with its rows in shards, whose memories have the same
+            addresses: rows begin as they are there, with no optimizer state. It must stay until the run has
+            finished. None draws rows from the seed.
         directory: with the disk tier, the folder of the table's file, best on a fast disk; None takes the
             run's own.
         depth: steps that rows are gathered ahead.
@@ -41,6 +44,7 @@ class MemoryConfig:
     unique_rows: bool = False
     rows: TrainedStorage = "float32"
     state: StateStorage = "float32"
+    initial_rows: str | None = None
     directory: str | None = None
     depth: int = 2
     threads: int | None = None
@@ -69,8 +73,8 @@ class MemoryConfig:
                 "set memory.tier to disk, or leave memory.directory out."
             )
         if not self.by_record:
-            for name in ("rows", "state"):
-                if getattr(self, name) != "float32":
+            for name, dense in (("rows", "float32"), ("state", "float32"), ("initial_rows", None)):
+                if getattr(self, name) != dense:
                     raise UserError(
                         f"memory.{name} is {getattr(self, name)!r}, but a resident table trains as one "
                         f"float32 parameter; set memory.unique_rows to true, or memory.tier to host."

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from engram_lab.budget import count
 from engram_lab.errors import UserError
+from engram_lab.memory.export import SavedRows
+from engram_lab.model.checkpoint import canonical_hash, read_record, table_sizes
+from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION, NgramHash
 from engram_lab.recipe import ResolvedRun
 from engram_lab.text import TokenCorpus
 from engram_lab.training.data import EngramDataModule
@@ -26,6 +31,7 @@ def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
     recipe = run.recipe
     EngramDataModule(recipe.data, corpus, None, seed=recipe.seed)
     _check_rows(run)
+    _check_initial_rows(run, corpus)
     with quiet():
         trainer = build_trainer(
             recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=None
@@ -46,6 +52,42 @@ def _check_rows(run: ResolvedRun) -> None:
         raise UserError(
             f"memory.tier is {memory.tier}, but model.engram.module product_key finds its rows by content, "
             "which only a resident table can; leave the section memory out."
+        )
+
+
+def _check_initial_rows(run: ResolvedRun, corpus: TokenCorpus) -> None:
+    """Refuse rows that were trained for other n-grams: they would be read for the wrong ones, silently."""
+    given, engram = run.recipe.memory.initial_rows, run.network.engram
+    if given is None:
+        return
+    if engram is None or not engram.n_heads:
+        raise UserError(
+            f"memory.initial_rows is {given!r}, but the network reads no table by n-gram; leave it out."
+        )
+    saved, record = SavedRows(Path(given)), read_record(given)
+    saved.require(table_sizes(engram), engram.row_dim)
+    if saved.digest != record.rows_digest:
+        raise UserError(
+            f"memory.initial_rows is {given!r}, whose table rows are not those of the network saved there; "
+            "restore what was saved."
+        )
+    if record.hash_version != HASH_VERSION:
+        raise UserError(
+            f"memory.initial_rows is {given!r}, trained with hash version {record.hash_version}, but this is "
+            f"version {HASH_VERSION}, which reads other rows; use the version it was trained with."
+        )
+    hash = NgramHash.build(engram, corpus.canonical, corpus.vocab_size, corpus.eos_id)
+    here = replace(
+        record,
+        network=run.network,
+        eos_id=corpus.eos_id,
+        tokenizer_hash=corpus.tokenizer_hash,
+        canonical_hash=canonical_hash(hash.canonical),
+    )
+    if record.address_digest != here.digest():
+        raise UserError(
+            f"memory.initial_rows is {given!r}, whose rows were trained for other n-grams; the tokenizer and "
+            f"model.engram's {', '.join(ADDRESS_FIELDS)} must be those of that network."
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from engram_lab.errors import UserError
 from engram_lab.memory.config import MemoryConfig
 from engram_lab.memory.disk import DiskStore
-from engram_lab.memory.export import export_rows
+from engram_lab.memory.export import SavedRows, export_rows
 from engram_lab.memory.far import FarTable
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
@@ -34,7 +34,7 @@ from engram_lab.memory.service import RowService
 from engram_lab.memory.shard import Shard
 from engram_lab.memory.sharded import ShardedPipeline
 from engram_lab.memory.sinkhorn import MOMENTUM
-from engram_lab.memory.stores import DeviceStore, RowStore
+from engram_lab.memory.stores import DeviceStore, Initial, RowStore
 from engram_lab.model.checkpoint import table_sizes
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
@@ -95,6 +95,9 @@ class TableRows(Callback):
         self.layout = record_layout(config, engram, optimizer)
         self.tables = nn.ModuleList(FarTable(memory) for memory in range(len(engram.layers)))
         self.checkpoints = RowCheckpoints(directory / "rows", self.layout, identity)
+        self._given: Initial | None = None
+        if config.initial_rows is not None:
+            self._given = SavedRows(Path(config.initial_rows)).initial(self.layout, table_sizes(engram))
         self._pipeline: RowService | None = None
         self._shows = False
         self._manifests: list[Manifest] = []
@@ -131,6 +134,9 @@ class TableRows(Callback):
 
     def initial(self, first: int, count: int, out: Tensor) -> None:
         """Write the records of rows `first` to `first + count` as they are before training."""
+        if self._given is not None:
+            self._given(first, count, out)
+            return
         for memory, start in enumerate(self.first_row[:-1]):
             low, high = max(first, start), min(first + count, self.first_row[memory + 1])
             if low < high:

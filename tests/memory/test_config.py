@@ -17,6 +17,7 @@ from engram_lab.memory.config import MemoryConfig
         ({"cache_rows": -1}, "memory.cache_rows is -1"),
         ({"directory": "tables"}, "memory.directory is .tables., but memory.tier is resident"),
         ({"rows": "bfloat16"}, "memory.rows is 'bfloat16', but a resident table trains as one float32"),
+        ({"initial_rows": "saved"}, "memory.initial_rows is 'saved', but a resident table trains as one"),
         ({"state": "bfloat16"}, "set memory.unique_rows to true"),
     ],
 )
