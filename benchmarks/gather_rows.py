@@ -1,6 +1,7 @@
 """Rows a second by method and row size, against the machine's copy bandwidth and plain `index_select`.
 
     python benchmarks/gather_rows.py [--quick] [--out FILE]      FILE ends in .json or .md
+    python benchmarks/gather_rows.py --alignments 4 16 64        float8 rows of 80 values, aligned so
 
 Everything is timed in turn, repeatedly, on fresh random rows; a ratio is that of two timings of one turn.
 Without a GPU the host's part alone is measured.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from engram_lab.memory.host import HostStore
+from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.room import GIB, available_memory
 from engram_lab.memory.stores import DeviceStore
 
@@ -138,6 +140,60 @@ def measure(S: int, options: argparse.Namespace, cuda: bool) -> list[dict[str, A
     return rows
 
 
+def measure_alignments(options: argparse.Namespace, cuda: bool) -> list[dict[str, Any]]:
+    """Time reads and writes of as many rows out of as many, float8 of 80 values, by their alignment."""
+    layouts = [RecordLayout(row_dim=80, weights="float8", rule=None, alignment=a) for a in options.alignments]
+    rows = int(options.gib * GIB) // sum(layout.record_bytes for layout in layouts)
+    n = int(options.mib * 2**20) // max(layout.record_bytes for layout in layouts)
+    calls: list[tuple[str, int, Call, bool]] = []
+    for layout in layouts:
+        S = layout.record_bytes
+        stores: list[HostStore | DeviceStore] = [HostStore(rows, S, threads=options.threads)]
+        stores += [DeviceStore(rows, S, "cuda")] if cuda else []
+        for store in stores:
+            store.records.fill_(1)  # pages that were never written would all be one
+            buffer = torch.ones(n, S, dtype=torch.uint8, device=store.device)
+            kind, there = type(store).__name__, store.device.type == "cuda"
+            calls.append((f"{kind}.read", S, lambda ids, s=store, b=buffer: s.read(ids, b), there))
+            calls.append((f"{kind}.write", S, lambda ids, s=store, b=buffer: s.write(ids, b), there))
+    calls.sort(key=lambda call: call[0])
+    times: dict[tuple[str, int], list[float]] = {call[:2]: [] for call in calls}
+    for turn in range(options.turns + 1):
+        for name, S, call, there in calls:
+            ids = torch.randint(rows, (n,)).unique()  # writes are of distinct rows
+            ids = ids[torch.randperm(len(ids))]
+            spent = seconds(call, ids.cuda() if there else ids, cuda) / len(ids)
+            if turn:
+                times[name, S].append(spent)
+    first = layouts[0].record_bytes
+    return [
+        {
+            "row_bytes": S,
+            "method": name,
+            "rows_per_second": spread([1 / t for t in spent]),
+            "over_first": spread([t / f for t, f in zip(spent, times[name, first], strict=True)]),
+        }
+        for (name, S), spent in times.items()
+    ]
+
+
+def table_of_alignments(result: dict[str, Any]) -> str:
+    first = result["rows"][0]["row_bytes"]
+    lines = [f"{result['machine']}", "", f"`{result['command']}`", ""]
+    lines += [
+        f"| row, bytes | method | million rows/s (10-90 %) | x time of {first} bytes (10-90 %) |",
+        "|---:|---|---:|---:|",
+    ]
+    for row in result["rows"]:
+        low, middle, high = (value / 1e6 for value in row["rows_per_second"])
+        a, m, b = row["over_first"]
+        lines.append(
+            f"| {row['row_bytes']} | {row['method']} | {middle:.1f} ({low:.1f}-{high:.1f}) "
+            f"| {m:.2f} ({a:.2f}-{b:.2f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def spread(values: list[float]) -> list[float]:
     """Return the 10th, 50th and 90th percentile."""
     if len(values) < 3:
@@ -169,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small table and few turns: does it run?")
     parser.add_argument("--row-bytes", type=int, nargs="+", default=[64, 128, 256, 512])
+    parser.add_argument("--alignments", type=int, nargs="+", help="compare these instead of methods")
     parser.add_argument("--gib", type=float, help="size of the table; 8, or a quarter of the memory")
     parser.add_argument("--mib", type=float, help="bytes gathered at a time; 64")
     parser.add_argument("--turns", type=int)
@@ -186,12 +243,16 @@ def main() -> None:
     machine = f"{platform.machine()}, {cores} cores, {torch.cuda.get_device_name() if cuda else 'no GPU'}"
     chosen = (f"--{name} {getattr(options, name):.4g}" for name in ("gib", "mib", "turns", "threads"))
     command = f"python benchmarks/gather_rows.py {' '.join(chosen)}{' --ascending' * options.ascending}"
+    if options.alignments:
+        command += f" --alignments {' '.join(map(str, options.alignments))}"
     result = {"machine": f"{machine}, torch {torch.__version__}", "command": command, "rows": []}
-    for S in options.row_bytes:
+    if options.alignments:
+        result["rows"] = measure_alignments(options, cuda)
+    for S in () if options.alignments else options.row_bytes:
         start = time.perf_counter()
         result["rows"] += measure(S, options, cuda)
         print(f"{S} bytes: {time.perf_counter() - start:.1f} s", flush=True)
-    text = table(result)
+    text = table_of_alignments(result) if options.alignments else table(result)
     print(text)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
