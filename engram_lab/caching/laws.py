@@ -23,6 +23,8 @@ LOWEST_RANK = 10
 """The few commonest n-grams are punctuation and follow no law."""
 LOWEST_COUNT = 5
 """Times a row must occur in the first half for its rank to be known well enough."""
+FLATTEST, STEEPEST = -5.0, 8.0
+"""Exponents looked for; what lies beyond is no law of a text, and is given as the nearer of them."""
 _EXACT = 1000
 """Terms of the normalising sum that are added one by one; beyond, the integral is exact to 1e-8."""
 
@@ -59,7 +61,8 @@ class HeapsLaw:
 def fit_zipf(stream: LookUps, seed: int = 0) -> tuple[ZipfLaw, ...]:
     """Fit by maximum likelihood: the whole range first, then every decade of ranks by itself.
 
-    One exponent describes the stream if the decades agree with it. Empty if fewer than ten ranks are known.
+    One exponent describes the stream if the decades agree with it. A range of which the second half reads
+    nothing is left out. Empty if fewer than a hundred ranks are known.
     """
     half = len(stream.ids) // 2
     counts = np.bincount(stream.ids[:half], minlength=stream.distinct)
@@ -75,16 +78,20 @@ def fit_zipf(stream: LookUps, seed: int = 0) -> tuple[ZipfLaw, ...]:
     while decade * 2 < last:
         ranges.append((decade, min(10 * decade, last)))
         decade *= 10
-    return tuple(_zipf_between(ranks, *ends, seed) for ends in ranges)
+    laws = (_zipf_between(ranks, *ends, seed) for ends in ranges)
+    return tuple(law for law in laws if law is not None)
 
 
-def _zipf_between(ranks: np.ndarray, first: int, last: int, seed: int) -> ZipfLaw:
+def _zipf_between(ranks: np.ndarray, first: int, last: int, seed: int) -> ZipfLaw | None:
     logs, numbers = np.zeros(BLOCKS), np.zeros(BLOCKS)
     for block, part in enumerate(np.array_split(ranks, BLOCKS)):
         inside = part[(part >= first) & (part <= last)]
         logs[block], numbers[block] = np.log(inside).sum(), len(inside)
+    if not numbers.any():
+        return None
     draws = np.random.default_rng(seed).integers(0, BLOCKS, (DRAWS, BLOCKS))
-    means = logs[draws].sum(1) / np.maximum(numbers[draws].sum(1), 1)
+    draws = draws[numbers[draws].any(1)]
+    means = logs[draws].sum(1) / numbers[draws].sum(1)
     low, high = (_exponent(mean, first, last) for mean in np.quantile(means, [0.975, 0.025]))
     return ZipfLaw(
         exponent=_exponent(logs.sum() / numbers.sum(), first, last),
@@ -101,7 +108,11 @@ def _exponent(mean_log: float, first: int, last: int) -> float:
     def excess(exponent: float) -> float:
         return _mean_log(exponent, first, last) - mean_log
 
-    return float(brentq(excess, -5.0, 8.0, xtol=1e-10))
+    if excess(FLATTEST) <= 0:
+        return FLATTEST
+    if excess(STEEPEST) >= 0:
+        return STEEPEST
+    return float(brentq(excess, FLATTEST, STEEPEST, xtol=1e-10))
 
 
 def _mean_log(exponent: float, first: int, last: int) -> float:

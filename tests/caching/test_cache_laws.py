@@ -56,3 +56,13 @@ def test_distinct_rows_grow_as_counted() -> None:
 def test_a_short_text_has_no_law() -> None:
     assert fit_zipf(LookUps(np.zeros(50, dtype=np.int32), 1)) == ()
     assert fit_heaps(LookUps(np.zeros(5, dtype=np.int32), 1)) is None
+
+
+def test_halves_of_other_words_are_no_error() -> None:
+    """A decade that the second half never reads, and one it reads backwards."""
+    words = zipf_stream(1.0, 3000, 400_000).ids
+    elsewhere = LookUps(np.concatenate([words, words + 3000]), 6000)
+    assert fit_zipf(elsewhere) == ()
+    backwards = fit_zipf(LookUps(np.concatenate([words, 2999 - words]), 3000))
+    assert all(-5 <= law.low <= law.exponent <= law.high <= 8 for law in backwards)
+    assert min(law.exponent for law in backwards) < 0
