@@ -1,9 +1,9 @@
 """Checkpoints of tables too large to be written whole: each adds a file with the rows changed since the last.
 
 A checkpoint is a list of files, kept in the training checkpoint and therefore committed with it. A row is as
-in the newest file that has it; a row in no file is as it was drawn from the seed or given. When the files hold more
-than twice the distinct rows, the next checkpoint writes all of these into one file instead, and the older
-files go once it is committed. So all files together stay below three times the rows ever touched.
+in the newest file that has it; a row in no file is as it was given or drawn from the seed. When the files
+hold more than twice the distinct rows, the next checkpoint writes all of these into one file instead, and the
+older files go once it is committed. So all files together stay below three times the rows ever touched.
 
 Stores in memory are filled anew when a run continues. A table file outlives the process and has been updated
 in place since the checkpoint: it keeps a log of the rows written since then, and only these are put back.
