@@ -1,15 +1,9 @@
-"""A run that was stopped or killed ends like one that was not."""
+"""A run that was stopped ends like one that was not; what else a whole run keeps to."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +15,7 @@ from filelock import FileLock
 from lightning.pytorch.callbacks import RichProgressBar
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
+from whole_runs import curves, moved, start, status
 
 from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe, resolve
@@ -29,26 +24,6 @@ from engram_lab.training.callbacks import Progress, StopRequest
 from engram_lab.training.fit import RunResult
 from engram_lab.training.module import Diverged
 from engram_lab.training.run import _claimed, columns, read_result, run_directory, train
-
-
-def curves(recipe: Recipe, metric: str) -> dict[int, float]:
-    """The last value a step of the recipe's only run."""
-    client = MlflowClient(recipe.tracking.uri)
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    assert len(runs) == 1, "a resumed run continues in the same MLflow run"
-    return {m.step: m.value for m in client.get_metric_history(runs[0].info.run_id, metric)}
-
-
-def status(recipe: Recipe) -> tuple[str, str | None]:
-    client = MlflowClient(recipe.tracking.uri)
-    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
-    return run.info.status, run.data.tags.get("reason")
-
-
-def moved(recipe: Recipe, folder: Path) -> Recipe:
-    """The same run, recorded elsewhere."""
-    tracking = replace(recipe.tracking, uri=f"sqlite:///{folder}/mlflow.db", directory=str(folder))
-    return replace(recipe, tracking=tracking)
 
 
 @pytest.fixture
@@ -247,83 +222,6 @@ def test_a_precision_that_training_has_not_is_refused(tiny: dict[str, Any], prec
 def router_biases(directory: Path) -> torch.Tensor:
     weights = load_file(directory / "model" / "model.safetensors")
     return torch.cat([weight for name, weight in weights.items() if name.endswith("router.bias")])
-
-
-def start(file: Path) -> subprocess.Popen[bytes]:
-    """Run it from the command line, in a session of its own: a signal to that reaches all its processes."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "engram_lab.cli", "run", str(file)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-
-
-def to_the_end(recipe: Recipe, folder: Path) -> None:
-    """Train it; from the command line where that starts several processes."""
-    if recipe.trainer["devices"] == 1:
-        train(recipe, progress_bar=False)
-        return
-    file = folder / "to_the_end.yaml"
-    folder.mkdir(exist_ok=True)
-    file.write_text(yaml.safe_dump(recipe.to_dict()))
-    process = start(file)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors.decode()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("memory", "reference", "kills"),
-    [
-        ({}, {}, 3),
-        ({"unique_rows": True}, {"unique_rows": True}, 2),
-        ({"tier": "host", "depth": 3}, {"unique_rows": True}, 2),
-        ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, 2),
-        ({"tier": "sharded"}, {"tier": "sharded"}, 2),
-    ],
-    ids=["dense", "device", "host", "disk", "sharded"],
-)
-def test_killed_at_random_moments_it_ends_the_same(
-    tiny: dict[str, Any], tmp_path: Path, memory: dict[str, Any], reference: dict[str, Any], kills: int
-) -> None:
-    """SIGKILL, several times, wherever it hits: a step, an evaluation, a checkpoint or row being written.
-
-    Two processes hold the sharded table; ranks add up in one order, so that as many repeat a run exactly.
-    """
-    tiny["data"] = {**tiny["data"], "tokens": 32 * 4 * 150, "repeat": True}
-    if memory.get("tier") == "sharded":
-        tiny["trainer"] = {**tiny["trainer"], "devices": 2, "strategy": "ddp"}
-    elsewhere = moved(Recipe.from_dict({**tiny, "memory": reference}), tmp_path / "reference")
-    tiny["memory"] = memory
-    recipe = Recipe.from_dict(tiny)
-    to_the_end(elsewhere, tmp_path / "reference")
-    directory = run_directory(recipe, resolve(recipe, prepare(recipe.text)).identity)
-    expected = read_result(run_directory(elsewhere, directory.name))
-    assert expected is not None
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(tiny))
-    chance = random.Random(0)
-    for _ in range(kills):
-        seen = set(directory.glob("checkpoints/*.ckpt"))
-        process = start(file)
-        while process.poll() is None and set(directory.glob("checkpoints/*.ckpt")) <= seen:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.3))
-        ended = process.poll()
-        os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-        assert ended is None, errors.decode()
-        assert read_result(directory) is None, "the run was over before it was killed"
-        assert status(recipe)[0] == "RUNNING"
-    to_the_end(recipe, tmp_path)
-    result = read_result(directory)
-    assert result is not None
-    assert result.loss == expected.loss
-    assert curves(recipe, "train/loss") == curves(elsewhere, "train/loss")
-    assert curves(recipe, "val/loss") == curves(elsewhere, "val/loss")
-    assert status(recipe) == ("FINISHED", None)
 
 
 @pytest.mark.slow

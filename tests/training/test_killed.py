@@ -1,0 +1,71 @@
+"""A run that was killed, whenever and on whichever tier, ends like one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from whole_runs import curves, moved, start, status, to_the_end
+
+from engram_lab.recipe import Recipe, resolve
+from engram_lab.text import prepare
+from engram_lab.training.run import read_result, run_directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("memory", "reference", "kills"),
+    [
+        ({}, {}, 2),
+        ({"unique_rows": True}, {"unique_rows": True}, 2),
+        ({"tier": "host", "depth": 3}, {"unique_rows": True}, 2),
+        ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, 2),
+        ({"tier": "sharded"}, {"tier": "sharded"}, 1),
+    ],
+    ids=["dense", "device", "host", "disk", "sharded"],
+)
+def test_killed_at_random_moments_it_ends_the_same(
+    tiny: dict[str, Any], tmp_path: Path, memory: dict[str, Any], reference: dict[str, Any], kills: int
+) -> None:
+    """SIGKILL, wherever it hits: a step, an evaluation, a checkpoint or row being written.
+
+    Two processes hold the sharded table; ranks add up in one order, so that as many repeat a run exactly.
+    """
+    tiny["data"] = {**tiny["data"], "tokens": 32 * 4 * 150, "repeat": True}
+    if memory.get("tier") == "sharded":
+        tiny["trainer"] = {**tiny["trainer"], "devices": 2, "strategy": "ddp"}
+    elsewhere = moved(Recipe.from_dict({**tiny, "memory": reference}), tmp_path / "reference")
+    tiny["memory"] = memory
+    recipe = Recipe.from_dict(tiny)
+    to_the_end(elsewhere, tmp_path / "reference")
+    directory = run_directory(recipe, resolve(recipe, prepare(recipe.text)).identity)
+    expected = read_result(run_directory(elsewhere, directory.name))
+    assert expected is not None
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(tiny))
+    chance = random.Random(0)
+    for _ in range(kills):
+        seen = set(directory.glob("checkpoints/*.ckpt"))
+        process = start(file)
+        while process.poll() is None and set(directory.glob("checkpoints/*.ckpt")) <= seen:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.3))
+        ended = process.poll()
+        os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        assert ended is None, errors.decode()
+        assert read_result(directory) is None, "the run was over before it was killed"
+        assert status(recipe)[0] == "RUNNING"
+    to_the_end(recipe, tmp_path)
+    result = read_result(directory)
+    assert result is not None
+    assert result.loss == expected.loss
+    assert curves(recipe, "train/loss") == curves(elsewhere, "train/loss")
+    assert curves(recipe, "val/loss") == curves(elsewhere, "val/loss")
+    assert status(recipe) == ("FINISHED", None)
