@@ -210,6 +210,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._ask: Callable[[int, Any], None] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -224,11 +225,22 @@ class StopRequest:
 
         signals = (signal.SIGINT, signal.SIGTERM)
         previous: dict[int, Any] = {number: signal.signal(number, ask) for number in signals}
+        self._ask = ask
         try:
             yield
         finally:
+            self._ask = None
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def listen_alone(self) -> None:
+        """Take SIGTERM from Lightning, whose handler came after `listening`.
+
+        It would end a process in an evaluation, or in the midst of an accumulated step, with status 0 and
+        without a checkpoint.
+        """
+        if self._ask is not None and self.reason is None:
+            signal.signal(signal.SIGTERM, self._ask)
 
 
 class Checkpoints(Checkpoint):
@@ -256,6 +268,15 @@ class Checkpoints(Checkpoint):
     ) -> None:
         self.directory, self.request, self.committed = directory, request, committed
         self.every, self.evaluate_every = every, evaluate_every
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let nothing but a checkpoint end the run."""
+        if trainer.world_size == 1:  # else Lightning passes the signal on to the others
+            self.request.listen_alone()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The same, for the evaluation after training."""
+        self.on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from engram_lab import tracking
 from engram_lab.errors import UserError
@@ -146,6 +147,9 @@ def train(
         except Diverged as error:
             record.fail(f"diverged: {error}")
             raise
+        except SIGTERMException:  # several processes; it would end them with status 0
+            record.interrupt("stopped by SIGTERM")
+            raise KeyboardInterrupt("stopped by SIGTERM") from None
         except (Interrupted, KeyboardInterrupt) as error:
             record.interrupt(str(error) or "interrupted")
             raise KeyboardInterrupt(str(error)) from None

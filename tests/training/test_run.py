@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from engram_lab.recipe import Recipe, resolve
 from engram_lab.text import prepare
 from engram_lab.training.callbacks import Progress, StopRequest
 from engram_lab.training.fit import RunResult
-from engram_lab.training.module import Diverged
+from engram_lab.training.module import Diverged, EngramModule
 from engram_lab.training.run import _claimed, columns, read_result, run_directory, train
 
 
@@ -80,6 +82,35 @@ def test_stopped_at_any_step_and_resumed_it_ends_the_same(
     assert curves(recipe, "train/loss") == losses
     assert curves(recipe, "val/loss") == reference["validation"]
     assert status(recipe) == ("FINISHED", None)
+
+
+@pytest.mark.parametrize("where", ["validation_step", "training_step"])
+def test_sigterm_in_the_midst_of_a_step_or_an_evaluation_saves_it_first(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Lightning by itself would end the process there, with status 0 and without a checkpoint."""
+    tiny["trainer"] = {**tiny["trainer"], "accumulate_grad_batches": 2}
+    recipe = Recipe.from_dict(tiny)
+    elsewhere = moved(recipe, tmp_path / "elsewhere")
+    expected = train(elsewhere, progress_bar=False)
+    calls, step = 0, getattr(EngramModule, where)
+
+    def terminated(self: EngramModule, batch: Any, batch_idx: int) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # neither the last batch of an evaluation nor the last of a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(EngramModule, where, terminated)
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM at step"):
+            train(recipe, progress_bar=False)
+    assert status(recipe)[0] == "KILLED"
+    directory = run_directory(recipe, expected.identity)
+    assert len(list(directory.glob("checkpoints/step=*.ckpt"))) == 1
+    assert train(recipe, progress_bar=False).loss == expected.loss
+    assert curves(recipe, "val/loss") == curves(elsewhere, "val/loss")
 
 
 @pytest.mark.parametrize(("stop_at", "micro_batches"), [(8, 1), (23, 2)])
