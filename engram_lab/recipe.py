@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engram_lab.budget import Allocation, BudgetConfig, solve
@@ -204,14 +203,26 @@ def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
 
 def _initial_rows(memory: MemoryConfig) -> dict[str, str]:
     """What the identity says of rows that are given: what they are, not where they lie."""
-    if memory.initial_rows is None:
+    folder = memory.initial_folder
+    if folder is None:
         return {}
-    from engram_lab.memory.export import SavedRows  # would cost every command half a second
+    from engram_lab.memory.export import INDEX, SavedRows  # would cost every command half a second
 
     try:
-        return {"memory.initial_rows": SavedRows(Path(memory.initial_rows)).digest}
+        return {"memory.initial_rows": SavedRows(folder).digest}
     except UserError as error:
-        raise UserError(f"memory.initial_rows cannot be used: {error}") from error
+        if not folder.is_dir():
+            reason = f"there is no folder '{folder}'; name the `model` folder of a finished run."
+        elif (folder / "model" / INDEX).exists():
+            reason = f"'{folder}' is a run's folder; name '{folder / 'model'}'."
+        elif (folder / "model.json").exists() or (folder / "model" / "model.json").exists():
+            reason = (
+                f"the table of the network in '{folder}' was trained as one dense parameter and is in no "
+                "shards; train it with memory.unique_rows, or with memory.tier host or disk."
+            )
+        else:
+            reason = str(error)
+        raise UserError(f"memory.initial_rows cannot be used: {reason}") from error
 
 
 def _without_defaults(config: Any) -> dict[str, Any]:

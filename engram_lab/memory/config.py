@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from engram_lab.errors import UserError, nearest
@@ -84,3 +85,8 @@ class MemoryConfig:
     def by_record(self) -> bool:
         """Whether rows move as records, rather than being one dense parameter."""
         return self.tier != "resident" or self.unique_rows
+
+    @property
+    def initial_folder(self) -> Path | None:
+        """`initial_rows`, with `~` written out."""
+        return None if self.initial_rows is None else Path(self.initial_rows).expanduser()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -57,23 +56,27 @@ def _check_rows(run: ResolvedRun) -> None:
 
 def _check_initial_rows(run: ResolvedRun, corpus: TokenCorpus) -> None:
     """Refuse rows that were trained for other n-grams: they would be read for the wrong ones, silently."""
-    given, engram = run.recipe.memory.initial_rows, run.network.engram
+    given, engram = run.recipe.memory.initial_folder, run.network.engram
     if given is None:
         return
     if engram is None or not engram.n_heads:
         raise UserError(
-            f"memory.initial_rows is {given!r}, but the network reads no table by n-gram; leave it out."
+            f"memory.initial_rows is '{given}', but the network reads no table by n-gram; leave it out."
         )
-    saved, record = SavedRows(Path(given)), read_record(given)
-    saved.require(table_sizes(engram), engram.row_dim)
+    saved, record = SavedRows(given), read_record(given)
+    try:
+        saved.require(table_sizes(engram), engram.row_dim)
+    except UserError as error:
+        fields = "model.engram's tables (layers, orders, heads, row_dim, rows_per_head; budget.rho, if given)"
+        raise UserError(f"memory.initial_rows needs {fields} as in that network. {error}") from error
     if saved.digest != record.rows_digest:
         raise UserError(
-            f"memory.initial_rows is {given!r}, whose table rows are not those of the network saved there; "
+            f"memory.initial_rows is '{given}', whose table rows are not those of the network saved there; "
             "restore what was saved."
         )
     if record.hash_version != HASH_VERSION:
         raise UserError(
-            f"memory.initial_rows is {given!r}, trained with hash version {record.hash_version}, but this is "
+            f"memory.initial_rows is '{given}', trained with hash version {record.hash_version}, but this is "
             f"version {HASH_VERSION}, which reads other rows; use the version it was trained with."
         )
     hash = NgramHash.build(engram, corpus.canonical, corpus.vocab_size, corpus.eos_id)
@@ -86,7 +89,7 @@ def _check_initial_rows(run: ResolvedRun, corpus: TokenCorpus) -> None:
     )
     if record.address_digest != here.digest():
         raise UserError(
-            f"memory.initial_rows is {given!r}, whose rows were trained for other n-grams; the tokenizer and "
+            f"memory.initial_rows is '{given}', whose rows were trained for other n-grams; the tokenizer and "
             f"model.engram's {', '.join(ADDRESS_FIELDS)} must be those of that network."
         )
 

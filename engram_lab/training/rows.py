@@ -96,8 +96,8 @@ class TableRows(Callback):
         self.tables = nn.ModuleList(FarTable(memory) for memory in range(len(engram.layers)))
         self.checkpoints = RowCheckpoints(directory / "rows", self.layout, identity)
         self._given: Initial | None = None
-        if config.initial_rows is not None:
-            self._given = SavedRows(Path(config.initial_rows)).initial(self.layout, table_sizes(engram))
+        if config.initial_folder is not None:
+            self._given = SavedRows(config.initial_folder).initial(self.layout, table_sizes(engram))
         self._pipeline: RowService | None = None
         self._shows = False
         self._manifests: list[Manifest] = []

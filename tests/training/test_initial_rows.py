@@ -123,13 +123,29 @@ def _other_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (
             lambda folder, _: shutil.rmtree(folder),
             {},
-            "memory.initial_rows cannot be used: .* there is no rows",
+            "memory.initial_rows cannot be used: there is no folder '.*'; name the `model` folder",
+        ),
+        (
+            lambda folder, _: (folder / INDEX).unlink(),
+            {},
+            "was trained as one dense parameter and is in no shards; train it with memory.unique_rows",
+        ),
+        (
+            lambda folder, _: [file.unlink() for file in folder.iterdir()],
+            {},
+            "memory.initial_rows cannot be used: .* holds no exported table rows",
+        ),
+        (
+            lambda folder, _: shutil.move(shutil.move(folder, folder.parent / "x"), folder / "model"),
+            {},
+            "is a run's folder; name '.*/model'",
         ),
         (lambda folder, _: (folder / "model.json").unlink(), {}, "is no checkpoint: it holds no model.json"),
         (
             None,
             {"budget.rho": 0.4},
-            r"The table rows in .* are tables\.0\.weight \[.*, 4\], but the network's",
+            r"memory.initial_rows needs .* as in that network. The table rows in .* are "
+            r"tables\.0\.weight \[.*, 4\], but the network's",
         ),
         (None, {"model.engram.row_dim": 8, "budget.rho": None}, r"but the network's are .*, 8\]"),
         (None, {"model.engram.hash_seed": 3}, "trained for other n-grams; the tokenizer and model.engram's"),
