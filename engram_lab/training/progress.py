@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from engram_lab.training.callbacks import StepLog
+from engram_lab.training.callbacks import Progress, StepLog
 from engram_lab.training.module import EngramModule
 from engram_lab.wording import duration
 
@@ -68,6 +68,7 @@ class Lines(ProgressBar):
         self._begin: tuple[float, int] | None = None
         self._evaluation: float | None = None  # seconds of the last
         self._evaluation_began = 0.0
+        self._told: Progress | None = None  # whose loss and speed were printed
 
     def disable(self) -> None:
         """Print nothing."""
@@ -115,6 +116,10 @@ class Lines(ProgressBar):
 
     def _tell(self, step: int, evaluated: str = "") -> None:
         latest, tokens = self._log.latest, step * self._log.tokens_per_step
+        if latest is self._told:
+            latest = None  # nothing new was logged: an old loss beside a new step would mislead
+        else:
+            self._told = latest
         loss = "" if latest is None else f", training loss {latest.loss:.4f}"
         speed = "" if latest is None else f", {latest.tokens_per_second:,.0f} tokens/s"
         done = f"step {step:,} of {self._log.steps:,}, {tokens:,} tokens"

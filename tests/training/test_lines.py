@@ -166,3 +166,18 @@ def test_lines_reach_a_file_while_the_run_goes_on(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr("sys.stdout", out)
         Run(monkeypatch)
         assert file.read_text() == "training: 100 steps, 100,000 tokens\n"
+
+
+def test_an_old_loss_is_not_told_beside_a_new_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(monkeypatch)
+    run.steps(5, 1.0)
+    run.evaluate(1.0)
+    run.trainer.global_step += 1  # nothing was logged of this one
+    run.evaluate(1.0)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert "training loss 3.0000" in first
+    assert "tokens/s" in first
+    assert second.startswith("step 6 of 100, 6,000 tokens, validation loss 2.5000")
+    assert "tokens/s" not in second
