@@ -29,6 +29,7 @@ from engram_lab.text import TextConfig, TokenCorpus, look_ahead, prepare, split_
 from engram_lab.wording import duration
 
 console = Console()
+WIDE = 1000  # columns: more than any row has
 
 
 def run(file: Path, overrides: list[str]) -> int:
@@ -235,8 +236,15 @@ def status(name: str, directory: Path) -> None:
         if label not in queued:
             table.add_row(label, "waiting", "", "", "added; the next run of the recipe trains it")
             counts["waiting"] += 1
-    console.print(table)
+    _print_lines(table)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def _print_lines(table: Table) -> None:
+    """Print a table, each row in a line where a program reads it."""
+    # A console's own width bounds what `print` is given, and is 80 without a terminal.
+    wide = console if console.is_terminal else Console(width=WIDE)
+    wide.print(table, highlight=False)
 
 
 def list_runs(directory: Path) -> None:
@@ -254,8 +262,7 @@ def list_runs(directory: Path) -> None:
         state = f"{run.state}, saved at step {run.saved_step}" if saved else run.state
         loss = "" if run.loss is None else f"{run.loss:.4f}"
         table.add_row(run.identity, run.name, run.cell, state, loss)
-    # A line a run where a program reads them.
-    console.print(table, highlight=False, width=None if console.is_terminal else 200)
+    _print_lines(table)
 
 
 def extend_study(name: str, directory: Path, count: int, cells: list[str]) -> None:

@@ -230,6 +230,24 @@ def test_every_run_is_listed_with_its_state(
     ]
 
 
+def test_a_long_row_is_one_line_where_a_program_reads_it(
+    tiny: dict[str, Any],
+    in_tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    folder = Path("mlruns") / "runs" / "abba"
+    (folder / "checkpoints").mkdir(parents=True)
+    recipe = Recipe.from_dict({**tiny, "name": "a-name-of-" + "many-" * 20 + "words"})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    (folder / "checkpoints" / "step=12.ckpt").touch()
+    assert main(["runs"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("abba")
+    assert line.rstrip().endswith("saved at step 12")
+
+
 def test_cells_are_listed_as_their_study_names_them_and_a_trained_one_as_running(
     tiny: dict[str, Any], in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
