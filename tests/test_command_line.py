@@ -244,7 +244,7 @@ def test_a_long_row_is_one_line_where_a_program_reads_it(
     (folder / "checkpoints" / "step=12.ckpt").touch()
     assert main(["runs"]) == 0
     _, line = capsys.readouterr().out.splitlines()
-    assert line.startswith("abba")
+    assert line.split()[0] == "abba"
     assert line.rstrip().endswith("saved at step 12")
 
 
