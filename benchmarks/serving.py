@@ -31,13 +31,13 @@ import numpy as np
 import serving_profile
 import torch
 from serving_backbone import SHAPES, Backbone, Batch, Memory, Prompt, Shape
-from serving_measure import BOTH, Runner, check, finish, losses
+from serving_measure import AHEAD, BOTH, Runner, check, finish, losses
 from serving_tables import SMALL, add_table_options, build_memory, engram, fill, layout_of
 
 from engram_lab.files import write_atomically
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.lookup import SLOTS, ServingTable
+from engram_lab.memory.lookup import ServingTable
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
@@ -196,7 +196,7 @@ class Bench:
             runner.prefill("small", [group])
         longest = max((p for group in self.prompts for p in group), key=lambda prompt: prompt.text.size)
         for way in WAYS:  # pinned memory grows to the longest
-            runner.prefill(way, [[longest] * min(SLOTS, len(self.prompts[0]))])
+            runner.prefill(way, [[longest] * min(AHEAD, len(self.prompts[0]))])
             runner.decode(way, [self.coming], options.new, self.prompts[0])
         pairs: list[dict[str, Any]] = []
         while len(pairs) < options.pairs:

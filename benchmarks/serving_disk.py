@@ -17,7 +17,8 @@ the device, the other the file, in turn, on the same text and in the same batche
 Where more rows are missing than the disk can read meanwhile, the disk is the limit: `bound` is the time of
 the small table, or that of the reads alone, whichever is longer. A disk's speed changes from second to
 second; that of the reads alone is therefore measured right after the text, by as many look-ups of as many
-rows as its prompts asked for, as far from each other, from another place of the file.
+rows as its prompts asked for, as far from each other, from another place of the file. Texts after the cold
+one are also told apart by whether the disk can follow: fewer reads are asked for than it does alone.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ from engram_lab.files import write_atomically
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.disk_copy import BLOCK
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.lookup import SLOTS, THREADS
+from engram_lab.memory.lookup import THREADS
 from engram_lab.memory.stores import DeviceStore
 from engram_lab.memory.stores import fill as fill_rows
+from engram_lab.model.generation import IN_TURN_BY_THREADS
 from engram_lab.model.hashing import table_rows
 
 FINGERPRINT = "serving benchmark"
@@ -216,17 +218,20 @@ def measure(
 
 
 def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return losses and reads by what was served."""
-    found: dict[str, Any] = {}
+    """Return losses and reads by what was served, and of warm texts by whether the disk could follow."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for pair in pairs:
         speed = pair["disk_reads_per_second"]
-        pair["bound"] = {
-            part: max(pair["small"][part], pair["rows"][part]["reads"] / speed if speed else 0.0)
-            for part in BOTH
-        }
-    for regime in dict.fromkeys(pair["regime"] for pair in pairs):
-        mine = [pair for pair in pairs if pair["regime"] == regime]
-        found[regime] = {
+        pair["bound"] = {}
+        for part in BOTH:
+            rows, small = pair["rows"][part], pair["small"][part]
+            needed = rows["reads"] / speed if speed else 0.0
+            pair["bound"][part] = max(small, needed)
+            followed = "the disk can follow" if needed < small else "the disk cannot follow"
+            for name in (pair["regime"], *([followed] if pair["regime"] != "cold" else [])):
+                groups.setdefault(name, {}).setdefault(part, []).append(pair)
+    return {
+        name: {
             part: {
                 "hit_rate": float(np.mean([pair["rows"][part]["hit_rate"] for pair in mine])),
                 "reads_per_second_asked": float(
@@ -235,9 +240,10 @@ def summarise(pairs: list[dict[str, Any]]) -> dict[str, Any]:
                 "loss": losses(mine, "small", "disk", (part,)),
                 "loss_against_bound": losses(mine, "bound", "disk", (part,)),
             }
-            for part in BOTH
+            for part, mine in parts.items()
         }
-    return found
+        for name, parts in groups.items()
+    }
 
 
 def main() -> None:
@@ -254,7 +260,7 @@ def main() -> None:
     parser.add_argument("--again", type=int, default=4, help="repetitions of the last text")
     parser.add_argument("--seconds", type=float, default=120, help="after which no text is begun")
     parser.add_argument("--batch", type=int, default=64, help="sequences of each batch")
-    parser.add_argument("--turns", type=int, default=SLOTS, help="batches that take turns")
+    parser.add_argument("--turns", type=int, default=IN_TURN_BY_THREADS, help="batches that take turns")
     parser.add_argument("--chunk", type=int, default=16, help="sequences prefilled at once")
     parser.add_argument("--shortest", type=int, default=100)
     parser.add_argument("--longest", type=int, default=512)

@@ -11,11 +11,11 @@ import torch
 from serving_backbone import Backbone, Batch, Lane, Memory, Prompt
 from torch import Tensor
 
-from engram_lab.memory.lookup import SLOTS
-
 Prompts = Sequence[Prompt]
 """Chunks that fill one batch, each of equally long sequences."""
 BOTH = ("prefill", "decode")
+AHEAD = 5
+"""Chunks of prompts whose rows are asked for before they are needed, that chunk included."""
 STEPS_BEFORE = 4
 """Steps of decoding during which the look-up of the next prompts is under way: enough for it to end there."""
 
@@ -65,7 +65,7 @@ class Runner:
         started = time.perf_counter()
         for number, (batch, prompt, first) in enumerate(jobs):
             if memory is not None:
-                ahead = range(len(joins), min(number + SLOTS, len(jobs)))
+                ahead = range(len(joins), min(number + AHEAD, len(jobs)))
                 joins += [memory.begin(jobs[n][1]) for n in ahead]
             self.backbone.prefill(batch, prompt, first, memory, joins[number] if joins else None)
             if joins:

@@ -33,9 +33,6 @@ FEW_ROWS = 32_768
 """Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
 two crossed between 16,384 and 65,536 rows (benchmarks/results/serving.md, run 1; the kernel has used fewer
 processors since then)."""
-SLOTS = 5
-"""Pinned buffers of a table: look-ups by threads that may be under way at once. A disk pauses now and then
-for longer than a step; rows asked for four steps before they are needed come in time all the same."""
 THREADS = 3
 """Look-ups that threads work on at once: two read from a disk (memory/deep_reads.py) while another finds its
 rows. With as many threads as may read, two that began together also end together, and the disk waits for
@@ -75,8 +72,7 @@ class ServingTable(nn.Module):
         """The records where a kernel can read them itself."""
         if device.type == "cuda":
             self._stream, self._back = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
-            self._slots = [_Pinned(device) for _ in range(SLOTS)]
-            self._turn = 0
+            self._pinned: list[_Pinned] = []
             if records is not None and gather_triton is not None and (records.is_cuda or records.is_pinned()):
                 self._records = records
 
@@ -163,8 +159,7 @@ class ServingTable(nn.Module):
             reading = self._threads.submit(lambda: self._read(find()))
             width = shape[-1] * self.layout.row_dim
             return lambda: reading.result().to(self.device).reshape(*shape[:-1], width)
-        slot = self._slots[self._turn % SLOTS]
-        self._turn += 1
+        slot = self._free_pinned()
         slot.reserve(n, self.layout.record_bytes)
         records, out = self._room(n)
         told, arrived = torch.cuda.Event(), torch.cuda.Event()
@@ -190,6 +185,17 @@ class ServingTable(nn.Module):
         slot.fetching = self._threads.submit(fetch)
         return self._joining(slot.fetching.result, out, (ids, records), shape)
 
+    def _free_pinned(self) -> _Pinned:
+        """Return the largest that no look-up uses; another one where all are in use.
+
+        Not the next in turn: many rows from a disk take longer than the few of steps asked for after them.
+        """
+        free = [pinned for pinned in self._pinned if pinned.free]
+        if not free:
+            free = [_Pinned(self.device)]
+            self._pinned += free
+        return max(free, key=lambda pinned: len(pinned.ids))
+
     def _decode(self, records: Tensor, out: Tensor) -> None:
         if "codes" in self.layout.places and gather_triton is not None:
             gather_triton.decode_float8(self.layout, records, out)
@@ -198,7 +204,7 @@ class ServingTable(nn.Module):
 
 
 class _Pinned:
-    """Pinned memory for one gather, grown as needed and used again once its copy has left.
+    """Pinned memory for one gather, grown as needed and used again by another.
 
     Its copies have a stream of their own: a gather that is ready does not wait for what another waits for.
     """
@@ -210,11 +216,13 @@ class _Pinned:
         self.copied = torch.cuda.Event()
         self.fetching: Future[torch.cuda.Event] | None = None
 
+    @property
+    def free(self) -> bool:
+        """Whether its look-up has ended and its records have left."""
+        return self.fetching is None or (self.fetching.done() and self.copied.query())
+
     def reserve(self, n: int, record_bytes: int) -> None:
-        """Wait until the last copy from here has ended, and make room for `n` records."""
-        if self.fetching is not None:
-            self.fetching.exception()
-        self.copied.synchronize()
+        """Make room for `n` records."""
         if len(self.ids) < n:
             self.ids = torch.empty(n, dtype=torch.int64, pin_memory=True)
             self.records = torch.empty((n, record_bytes), dtype=torch.uint8, pin_memory=True)

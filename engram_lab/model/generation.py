@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engram_lab.errors import UserError
-from engram_lab.memory.lookup import SLOTS, ServingTable
+from engram_lab.memory.lookup import ServingTable
 from engram_lab.model.cache import Cache
 from engram_lab.model.experts import Experts
 from engram_lab.model.graphs import captured
@@ -23,9 +23,11 @@ from engram_lab.model.transformer import Transformer
 
 WORTH_A_GRAPH = 16
 """Steps from which on a graph is captured: that takes about as long as a few steps without it."""
-AT_ONCE = 2
-"""Batches that take turns where no thread reads rows; else there are as many as look-ups may be under way, so
-that a slow read has the steps of all others to end in."""
+IN_TURN = 2
+"""Batches that take turns."""
+IN_TURN_BY_THREADS = 8
+"""Batches that take turns where threads read rows. A disk pauses now and then for several steps; rows asked
+for seven steps before they are needed come in time all the same (benchmarks/results/serving.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +234,10 @@ def generate(
     """Return up to `length` new token ids for every prompt; one that ended keeps its end-of-text id.
 
     Prompts are taken `batch` at a time, those of like length together, or all at once; two batches take
-    turns, five where threads read rows (see `Decoder`). Each batch draws from a seed of its own.
+    turns, eight where threads read rows (see `Decoder`). Each batch draws from a seed of its own.
     """
     sampling = sampling or Sampling()
-    at_once = SLOTS if _read_by_threads(network) else AT_ONCE
+    in_turn = IN_TURN_BY_THREADS if _read_by_threads(network) else IN_TURN
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     size = batch or max(1, len(prompts))
     groups = [sorted(by_length[first : first + size]) for first in range(0, len(prompts), size)]
@@ -244,7 +246,7 @@ def generate(
     continuations: list[list[int]] = [[] for _ in prompts]
     try:
         while waiting or lanes:
-            while waiting and len(lanes) < at_once:
+            while waiting and len(lanes) < in_turn:
                 number, group = waiting.popleft()
                 seeded = replace(sampling, seed=sampling.seed + number)
                 lanes.append((group, Decoder(network, [prompts[n] for n in group], length, seeded)))

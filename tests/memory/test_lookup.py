@@ -202,3 +202,29 @@ def test_a_cuda_graph_reads_new_addresses_at_every_replay() -> None:
         graph.replay()
         assert torch.equal(reading, resident(addresses).detach())
     store.close()
+
+
+@pytest.mark.gpu
+@GPU
+def test_a_slow_look_up_holds_up_none_that_follow() -> None:
+    """One of many rows may still be read while many steps' are asked for, read and joined."""
+    resident, layout, records = filled("float32", 8, "cuda")
+    store = HostStore(*records.shape, threads=2)
+    store.write(torch.arange(ROWS), records)
+    gate, read = threading.Event(), store.read
+
+    def gated(ids: Tensor, out: Tensor) -> None:
+        assert len(ids) < 1000 or gate.wait(30)
+        read(ids, out)
+
+    store.read = gated  # type: ignore[method-assign]
+    table = ServingTable(store, layout, device=torch.device("cuda", 0), few=0)
+    many = torch.randint(ROWS, (3, 700, 4), device="cuda")
+    slow = table.begin(many)
+    for _ in range(20):
+        few = torch.randint(ROWS, (2, 5, 4), device="cuda")
+        assert torch.equal(table.begin(few)(), resident(few).detach())
+    gate.set()
+    assert torch.equal(slow(), resident(many).detach())
+    table.close()
+    store.close()
