@@ -196,7 +196,7 @@ class Bench:
             runner.prefill("small", [group])
         longest = max((p for group in self.prompts for p in group), key=lambda prompt: prompt.text.size)
         for way in WAYS:  # pinned memory grows to the longest
-            runner.prefill(way, [[longest] * min(AHEAD, len(self.prompts[0]))])
+            runner.prefill(way, [[longest] * min(1 + AHEAD, len(self.prompts[0]))])
             runner.decode(way, [self.coming], options.new, self.prompts[0])
         pairs: list[dict[str, Any]] = []
         while len(pairs) < options.pairs:
@@ -264,7 +264,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens decoded per sequence")
     parser.add_argument("--sweep-rounds", type=int, default=5)
     parser.add_argument("--sweep-steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=16, help="that gather rows")
+    parser.add_argument("--threads", type=int, default=8, help="that gather rows, and fill the table")
     parser.add_argument("--crossing", type=int, nargs="*", default=[1 << k for k in range(10, 21)])
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU, in seconds")
     options = parser.parse_args()

@@ -41,7 +41,7 @@ from engram_lab.files import write_atomically
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.disk_copy import BLOCK
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.lookup import THREADS
+from engram_lab.memory.lookup import DISK_THREADS
 from engram_lab.memory.stores import DeviceStore
 from engram_lab.memory.stores import fill as fill_rows
 from engram_lab.model.generation import IN_TURN_BY_THREADS
@@ -108,7 +108,7 @@ class Alone:
         ids = [torch.from_numpy((rows + shift) % self.store.rows) for rows in look_ups]
         outs = [torch.zeros(len(rows), self.store.record_bytes, dtype=torch.uint8) for rows in ids]
         done, began = reads_done(self.store), time.perf_counter()
-        with ThreadPoolExecutor(THREADS) as threads:
+        with ThreadPoolExecutor(DISK_THREADS) as threads:
             list(threads.map(self.store.read, ids, outs))
         reads = reads_done(self.store) - done
         return reads / (time.perf_counter() - began) if reads else None

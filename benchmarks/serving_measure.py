@@ -14,8 +14,8 @@ from torch import Tensor
 Prompts = Sequence[Prompt]
 """Chunks that fill one batch, each of equally long sequences."""
 BOTH = ("prefill", "decode")
-AHEAD = 5
-"""Chunks of prompts whose rows are asked for before they are needed, that chunk included."""
+AHEAD = 4
+"""Chunks whose look-ups are under way behind the one that is computed."""
 STEPS_BEFORE = 4
 """Steps of decoding during which the look-up of the next prompts is under way: enough for it to end there."""
 
@@ -53,7 +53,11 @@ class Runner:
             self._begun[way] = [memory.begin(prompts[0])]
 
     def prefill(self, way: str, prompts: Sequence[Prompts]) -> float:
-        """Return the seconds of taking in the prompts of every batch; look-ups begin some chunks ahead."""
+        """Return the seconds of taking in the prompts of every batch; look-ups begin some chunks ahead.
+
+        All but the next one begin when a chunk has been launched: before, their threads would compete with
+        the launches for the interpreter while the device has nothing else to do.
+        """
         memory = self.memories[way]
         jobs = [
             (batch, prompt, number * len(prompt.ids))
@@ -61,15 +65,19 @@ class Runner:
             for number, prompt in enumerate(chunks)
         ]
         joins = self._begun.pop(way, [])
+
+        def ask(until: int) -> None:
+            if memory is not None:
+                joins.extend(memory.begin(prompt) for _, prompt, _ in jobs[len(joins) : until])
+
         finish(self.backbone.device)
         started = time.perf_counter()
         for number, (batch, prompt, first) in enumerate(jobs):
-            if memory is not None:
-                ahead = range(len(joins), min(number + AHEAD, len(jobs)))
-                joins += [memory.begin(jobs[n][1]) for n in ahead]
+            ask(number + 2)
             self.backbone.prefill(batch, prompt, first, memory, joins[number] if joins else None)
             if joins:
                 joins[number] = None
+            ask(number + 1 + AHEAD)
         finish(self.backbone.device)
         return time.perf_counter() - started
 

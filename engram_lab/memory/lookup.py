@@ -20,6 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from engram_lab.memory.deep_reads import AT_ONCE
+from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.hot_rows import HotRows
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.stores import RowStore
@@ -33,10 +35,12 @@ FEW_ROWS = 32_768
 """Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
 two crossed between 16,384 and 65,536 rows (benchmarks/results/serving.md, run 1; the kernel has used fewer
 processors since then)."""
-THREADS = 3
-"""Look-ups that threads work on at once: two read from a disk (memory/deep_reads.py) while another finds its
-rows. With as many threads as may read, two that began together also end together, and the disk waits for
-both to find their next."""
+THREADS = 2
+"""Look-ups that threads work on at once: one is read while another finds its rows. Each is read by several
+threads already; more at once only take the interpreter from the thread that launches the network."""
+DISK_THREADS = AT_ONCE + 1
+"""The same for a disk. With as many as may read, two that began together would also end together, and the
+disk wait for both to find their next."""
 
 
 class ServingTable(nn.Module):
@@ -66,7 +70,8 @@ class ServingTable(nn.Module):
         assert layout.record_bytes == store.record_bytes, (layout.record_bytes, store.record_bytes)
         self.store, self.layout, self.device, self.dtype = store, layout, device, dtype
         self.hot, self.few = hot, few
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="look-up")
+        threads = DISK_THREADS if isinstance(store, DiskStore) else THREADS
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="look-up")
         records = getattr(store, "records", None)
         self._records: Tensor | None = None
         """The records where a kernel can read them itself."""
