@@ -1,7 +1,5 @@
 """The disk tier: records in one file that is updated in place, with the rows read most kept in memory.
 
-    block 0: magic, CRC-32 and length of the header; header (JSON) | records [R] | zeros to a whole block
-
 A store that is written reads through the page cache: a record is smaller than a page, and to write it into a
 page that is not in memory the kernel reads the page, letting no other write to the file through meanwhile: 13
 thousand writes a second; 48 thousand where threads read the pages before; 230 thousand where the rows had
@@ -17,18 +15,14 @@ Shapes: n records moved, R rows, S bytes of one record.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import json
 import logging
 import os
 import threading
 import weakref
-import zlib
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,14 +39,14 @@ from engram_lab.memory.disk_copy import (
     write_runs,
 )
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.room import available_memory, require_disk
+from engram_lab.memory.room import available_memory
 from engram_lab.memory.row_cache import RowCache
 from engram_lab.memory.row_copy import Workers, check_ids
+from engram_lab.memory.table_file import TableFile
 from engram_lab.memory.written_log import WrittenLog
 
 logger = logging.getLogger(__name__)
 
-MAGIC, VERSION = b"ENGRDISK", 1
 THREADS = 64  # reads under way at once
 READ_GRAIN = 8  # records a thread: a read takes 50 to 100 microseconds
 WRITERS = 4  # the kernel lets one write through at a time; more threads only wait
@@ -102,9 +96,9 @@ class DiskStore:
         self.path, self.rows, self.record_bytes = path, rows, layout.record_bytes
         self.reads = self.hits = self.bytes_read = 0
         self._failure = ""
-        expected = {"version": VERSION, "layout": layout.describe(), "rows": rows, "fingerprint": fingerprint}
+        table = TableFile(path, layout, rows, fingerprint)
         if writable and not path.exists():
-            _create(path, expected, _size(rows, self.record_bytes))
+            table.create()
         if cache_rows is None:
             cache_rows = min(rows // 16, available_memory() // 4 // self.record_bytes)
         self._cache = RowCache(min(cache_rows, rows), self.record_bytes) if cache_rows else None
@@ -112,10 +106,9 @@ class DiskStore:
         held = ExitStack()  # knows nothing of the store, or the store would never go
         self._release = weakref.finalize(self, held.close)
         self._release.atexit = False  # the end of the process frees all, and a thread may still read then
-        self._file, direct = _open(path, writable)
+        self._file, direct = table.open(writable=writable)
         held.callback(os.close, self._file)
         try:
-            _check(self._file, path, expected, _size(rows, self.record_bytes))
             if not writable and not any(path.parent.glob(f"{path.name}.written-*")):
                 raise UserError(f"{path} was never filled to the end; train or import its table first.")
             self._log = WrittenLog(path, rows) if writable else None
@@ -276,63 +269,6 @@ class DiskStore:
             raise UserError(self._failure)
 
 
-def _size(rows: int, record_bytes: int) -> int:
-    return BLOCK + -(-rows * record_bytes // BLOCK) * BLOCK
-
-
-def _create(path: Path, header: dict[str, Any], size: int) -> None:
-    """Make a file of zeros with its header, under its name only when it is whole."""
-    remedy = "choose another memory.directory, or lower engram.rows_per_head"
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        require_disk(size, path.parent, remedy)
-        for log in path.parent.glob(f"{path.name}.written-*"):  # of a file that is gone
-            log.unlink()
-        text = json.dumps(header).encode()
-        start = MAGIC + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(4, "little") + text
-        assert len(start) <= BLOCK, "the fingerprint is too long"
-        with partial.open("xb") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-            file.write(start)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise UserError(
-            f"The table's file {path} cannot be made: {error.strerror or error}; {remedy}."
-        ) from error
-
-
-def _open(path: Path, writable: bool) -> tuple[int, bool]:
-    """Return a locked descriptor and whether it goes around the page cache."""
-    direct = not writable
-    try:
-        try:
-            file = os.open(path, os.O_RDWR if writable else os.O_RDONLY | os.O_DIRECT)
-        except OSError as error:
-            if writable or error.errno != errno.EINVAL:
-                raise
-            file, direct = os.open(path, os.O_RDONLY), False  # a file system without direct reads
-    except OSError as error:
-        raise UserError(
-            f"The table's file {path} cannot be opened: {error.strerror}; check memory.directory."
-        ) from error
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(file)
-        raise UserError(
-            f"The table's file {path} is in use by another process; end it, or choose another "
-            "memory.directory."
-        ) from error
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
-    return file, direct
-
-
 def _deep_reads(file: int, path: Path, record_bytes: int) -> DeepReads | None:
     """Return what reads around the page cache; or say that the system has none, and go through it."""
     try:
@@ -347,33 +283,3 @@ def _deep_reads(file: int, path: Path, record_bytes: int) -> DeepReads | None:
         )
         fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~os.O_DIRECT)
         return None
-
-
-def _check(file: int, path: Path, expected: dict[str, Any], size: int) -> None:
-    """Raise a UserError unless the file is whole and holds what is expected."""
-    remedy = f"remove {path}* to build the table anew, or choose another memory.directory"
-    with path.open("rb") as whole:
-        block = whole.read(BLOCK)
-    found = os.fstat(file).st_size
-    if block[:8] != MAGIC:
-        raise UserError(f"{path} is not a table of rows, or its beginning is damaged; {remedy}.")
-    checksum, length = (int.from_bytes(block[a : a + 4], "little") for a in (8, 12))
-    text = block[16 : 16 + length]
-    if len(text) != length or zlib.crc32(text) != checksum:
-        raise UserError(f"The header of the table's file {path} is damaged; {remedy}.")
-    header = json.loads(text)
-    if header["version"] != VERSION:
-        raise UserError(f"{path} has format {header['version']}, and this version reads {VERSION}; {remedy}.")
-    for name, value in (*expected["layout"].items(), ("rows", expected["rows"])):
-        theirs = header["rows"] if name == "rows" else header["layout"].get(name)
-        if theirs != value:
-            raise UserError(
-                f"{path} holds rows of {name} {theirs!r}, and this run needs {value!r}; {remedy}."
-            )
-    if header["fingerprint"] != expected["fingerprint"]:
-        raise UserError(
-            f"{path} holds rows of another table, hash version or seed ({header['fingerprint']!r}, and this "
-            f"run needs {expected['fingerprint']!r}); {remedy}."
-        )
-    if found < size:
-        raise UserError(f"{path} was cut short: it has {found:,} of {size:,} bytes; {remedy}.")
