@@ -1,5 +1,7 @@
 """The disk tier: records in one file that is updated in place, with the rows read most kept in memory.
 
+What the file looks like is said in memory/table_file.py.
+
 A store that is written reads through the page cache: a record is smaller than a page, and to write it into a
 page that is not in memory the kernel reads the page, letting no other write to the file through meanwhile: 13
 thousand writes a second; 48 thousand where threads read the pages before; 230 thousand where the rows had

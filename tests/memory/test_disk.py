@@ -1,4 +1,4 @@
-"""The disk tier on bad days: files that are not what is needed, disks that fail, kills at any moment."""
+"""The disk tier: what was written is read, on disks that fail and after kills at any moment too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
 from engram_lab.errors import UserError
-from engram_lab.memory import disk, written_log
-from engram_lab.memory.disk import BLOCK, DiskStore
+from engram_lab.memory import written_log
+from engram_lab.memory.disk import DiskStore
+from engram_lab.memory.disk_copy import BLOCK
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.stores import fill
 
@@ -206,57 +206,6 @@ def test_a_slow_read_leaves_a_slot_that_another_row_has_got_meanwhile(tmp_path: 
     store.close()
 
 
-@pytest.mark.parametrize(
-    ("layout", "rows", "fingerprint", "says"),
-    [
-        (
-            RecordLayout(row_dim=8, rule="adagrad", alignment=4),
-            ROWS,
-            "hash 1",
-            "row_dim 16, and this run needs 8",
-        ),
-        (RecordLayout(row_dim=16, rule="adagrad", alignment=64), ROWS, "hash 1", "alignment 4"),
-        (LAYOUT, 2999, "hash 1", "rows 3000, and this run needs 2999"),
-        (LAYOUT, ROWS, "hash 2", "'hash 1', and this run needs 'hash 2'"),
-    ],
-)
-def test_a_file_of_another_table_is_refused(
-    tmp_path: Path, layout: RecordLayout, rows: int, fingerprint: str, says: str
-) -> None:
-    filled(tmp_path / "t.rows").close()
-    with pytest.raises(UserError, match=says):
-        DiskStore(tmp_path / "t.rows", layout, rows, fingerprint)
-    with pytest.raises(UserError, match=r"choose another memory\.directory"):
-        DiskStore(tmp_path / "t.rows", layout, rows, fingerprint)
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (lambda data: b"", "is not a table of rows"),
-        (lambda data: b"PK" + data[2:], "is not a table of rows"),
-        (lambda data: data[:20] + b"?" + data[21:], "header .* is damaged"),
-        (lambda data: data[:12] + b"\xff\xff\xff\xff" + data[16:], "header .* is damaged"),
-        (lambda data: data[:100], "header .* is damaged"),
-        (lambda data: data[:-BLOCK], "was cut short"),
-    ],
-)
-def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes], says: str) -> None:
-    path = tmp_path / "t.rows"
-    filled(path).close()
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=says) as caught:
-        DiskStore(path, LAYOUT, ROWS, "hash 1")
-    assert f"remove {path}* to build the table anew" in str(caught.value)  # not a run's folder
-
-
-def test_a_file_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled(tmp_path / "t.rows").close()
-    monkeypatch.setattr(disk, "VERSION", 2)
-    with pytest.raises(UserError, match="has format 1, and this version reads 2"):
-        DiskStore(tmp_path / "t.rows", LAYOUT, ROWS, "hash 1")
-
-
 def test_a_writer_has_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "t.rows"
     store = filled(path)
@@ -303,6 +252,15 @@ def test_a_store_that_is_dropped_leaves_nothing_open(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_store_of_another_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.rows"
+    filled(path).close()
+    for writable in (True, False):
+        for rows, fingerprint in ((ROWS - 1, "hash 1"), (ROWS, "hash 2")):
+            with pytest.raises(UserError, match=rf"and this run needs ({rows}|'{fingerprint}')"):
+                DiskStore(path, LAYOUT, rows, fingerprint, writable=writable)
+
+
 def test_a_table_that_is_missing_or_half_filled_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "t.rows"
     with pytest.raises(UserError, match="cannot be opened: No such file"):
@@ -310,27 +268,6 @@ def test_a_table_that_is_missing_or_half_filled_cannot_be_read(tmp_path: Path) -
     DiskStore(path, LAYOUT, ROWS, "hash 1").close()
     with pytest.raises(UserError, match="never filled to the end"):
         DiskStore(path, LAYOUT, ROWS, "hash 1", writable=False)
-
-
-def test_room_is_asked_for_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs .* GiB, but .* GiB free; choose another memory.directory"):
-        DiskStore(tmp_path / "t.rows", LAYOUT, 10**13, "hash 1", cache_rows=0)
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made: "):
-        DiskStore(tmp_path / "file" / "t.rows", LAYOUT, ROWS, "hash 1")
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_a_disk_that_fills_up_while_the_file_is_made_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="cannot be made: No space left on device; choose"):
-        DiskStore(tmp_path / "t.rows", LAYOUT, ROWS, "hash 1")
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("target", ["rows", "log"])
