@@ -50,7 +50,25 @@ def test_a_table_on_disk_is_served_cold_and_again(tmp_path: Path) -> None:
     rows = [pair["rows"]["prefill"] for pair in result["pairs"]]
     assert all(row["missing"] == pytest.approx(row["rows"] * (1 - row["hit_rate"])) for row in rows)
     assert rows[0]["hit_rate"] < rows[2]["hit_rate"] < rows[3]["hit_rate"]
-    assert set(result["summary"]) == {"cold", "new text", "again"}
+    summary = result["summary"]
+    followed = {"the disk can follow", "the disk cannot follow"}
+    assert {"new text", "again"} <= set(summary) <= {"cold", "new text", "again"} | followed
+    for part in ("prefill", "decode"):
+        counts = [summary[name][part]["loss"]["pairs"] for name in followed if part in summary.get(name, {})]
+        assert sum(counts) == 4  # each warm text is in one of them
+    for pair in result["pairs"]:
+        speed = pair["disk_reads_per_second"]
+        for part in ("prefill", "decode"):
+            needed = pair["rows"][part]["reads"] / speed if speed else 0.0
+            assert pair["bound"][part] == max(pair["small"][part], needed)
+
+
+def test_generation_is_timed_on_every_tier(tmp_path: Path) -> None:
+    result = rehearse("generate_tiers.py", tmp_path / "tiers.json")
+    assert len(result["turns"]) == 3
+    ratios = [turn["disk"] / turn["resident"] for turn in result["turns"][1:]]
+    assert result["ratios"]["disk"]["median"] == pytest.approx(sum(ratios) / 2)
+    assert result["turns"][0]["hits"] < 1
 
 
 def test_a_part_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
