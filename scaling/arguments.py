@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, ClassVar, NoReturn
 
 from scaling.errors import ScalingError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises `mistake` where argparse would print its usage and exit."""
+    """An argument parser that raises `mistake` where argparse would print its usage and exit.
+
+    Options are written out: one that is shortened is refused, with those that it begins, since it would mean
+    another once a longer one like it comes.
+    """
 
     mistake: ClassVar[type[Exception]] = ScalingError
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **{**named, "allow_abbrev": False})
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Refuse what is unknown here, where the command's own options are known, and not in its parent."""
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            word = unknown[0].partition("=")[0]
-            hint = nearest(word, self._option_string_actions) or self._options_if(word.startswith("-"))
-            raise self.mistake(f"{self.prog} takes no {word!r}.{hint}")
+        """Refuse what is unknown here, where the command's own options are known, and not in its parent.
+
+        Options come first: of a required one that is misspelled argparse would say that it is missing.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        self._refuse(word for word in self._own(words) if _name(word) not in self._option_string_actions)
+        parsed, unknown = super().parse_known_args(words, namespace)
+        self._refuse(unknown)
         return parsed, unknown
+
+    def _own(self, words: Iterable[str]) -> list[str]:
+        """Return the long options among `words` that are for this parser and not for a command of it."""
+        words = takewhile(lambda word: word != "--", words)
+        if self._subparsers is not None:
+            words = takewhile(lambda word: word.startswith("-"), words)
+        return [word for word in words if word.startswith("--") and " " not in _name(word)]
+
+    def _refuse(self, unknown: Iterable[str]) -> None:
+        for word in unknown:
+            name = _name(word)
+            hint = self._near(name) or self._options_if(name.startswith("-"))
+            raise self.mistake(f"{self.prog} takes no {name!r}.{hint}")
+
+    def _near(self, name: str) -> str:
+        """Return " Did you mean ...?" with the options that `name` begins, else the nearest one, if any."""
+        begun = [option for option in self._option_string_actions if option.startswith(name)]
+        if name.startswith("--") and begun:
+            return f" Did you mean {' or '.join(map(repr, begun))}?"
+        return nearest(name, self._option_string_actions)
 
     def _options_if(self, asked: bool) -> str:
         """Return where to look, and where an option was `asked` for the names of all that there are.
@@ -47,3 +78,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise what argparse found wrong as one sentence."""
         raise self.mistake(f"{self.prog}: {message}; see {self.prog} --help.")
+
+
+def _name(word: str) -> str:
+    """Return an option's name, which ends where its value begins."""
+    return word.partition("=")[0]

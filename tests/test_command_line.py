@@ -77,6 +77,11 @@ def test_a_wrong_field_is_named_with_what_is_right(
         ("study staus", "'staus'; it must be one of status, extend. Did you mean 'status'?"),
         ("stuy status quickstart", "Did you mean 'study'?"),
         ("report quickstart --diretory=mlruns", "report takes no '--diretory'. Did you mean '--directory'?"),
+        ("generate a b --token 20", "engram-lab generate takes no '--token'. Did you mean '--tokens'?"),
+        ("generate a --token=20 b", "Did you mean '--tokens'?"),
+        ("generate a b --top 3", "generate takes no '--top'. Did you mean '--top-k' or '--top-p'?"),
+        ("inspect a --tex words", "engram-lab inspect takes no '--tex'. Did you mean '--text'?"),
+        ("--versio", "engram-lab takes no '--versio'. Did you mean '--version'?"),
         ("generate a b --memory hst", "--memory is 'hst'; it must be one of resident, host, disk. Did you"),
         ("generate a b --tokens many", "--tokens: invalid int value: 'many'"),
         (

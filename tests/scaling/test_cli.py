@@ -180,6 +180,10 @@ def test_a_mistake_gets_one_sentence_and_status_2(
     [
         (["fit", "alocation", "a.csv"], "Did you mean 'allocation'?"),
         (["fit", "allocation", "a.csv", "--budgt", "3"], "takes no '--budgt'. Did you mean '--budget'?"),
+        (["fit", "allocation", "a.csv", "--conf", "0.8"], "no '--conf'. Did you mean '--confidence'?"),
+        (["report", "a.csv", "--o=b"], "scaling report takes no '--o'. Did you mean '--out'?"),
+        (["--hel"], "scaling takes no '--hel'. Did you mean '--help'?"),
+        (["design", "power", "--s", "2"], "takes no '--s'. Did you mean '--seeds' or '--sd'?"),
         (["fit", "allocation", "a.csv", "--noise", "knwon"], "Did you mean 'known'?"),
         (["fit", "memory"], "required"),
         (["design", "power", "--rho", "a,b"], "invalid numbers value: 'a,b'"),
