@@ -1,4 +1,4 @@
-"""What happens beside the step: logging, memory health, progress, and stopping when asked to."""
+"""What happens beside the step: logging, memory health, progress, and being asked to stop."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
 
 from engram_lab.analysis.health import memory_health
-from engram_lab.errors import UserError
 from engram_lab.tracking.logger import BufferedMLFlowLogger
 from engram_lab.training.data import never_empty
 from engram_lab.training.module import EngramModule
@@ -241,78 +237,3 @@ class StopRequest:
         """
         if self._ask is not None and self.reason is None:
             signal.signal(signal.SIGTERM, self._ask)
-
-
-class Checkpoints(Checkpoint):
-    """Keep the newest checkpoint, one every `every` steps, and end the run between two steps when asked to.
-
-    Where an evaluation is due the checkpoint waits for it: Lightning would not make it up for a run that
-    continues from before it, and its curve would have a hole.
-
-    Args:
-        directory: where `step=<n>.ckpt` goes.
-        every: optimizer steps between checkpoints.
-        evaluate_every: optimizer steps between evaluations, or None.
-        request: says when to stop.
-        committed: called once a checkpoint is in place of the one before.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        every: int,
-        evaluate_every: int | None,
-        request: StopRequest,
-        committed: Callable[[], None] | None = None,
-    ) -> None:
-        self.directory, self.request, self.committed = directory, request, committed
-        self.every, self.evaluate_every = every, evaluate_every
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let nothing but a checkpoint end the run."""
-        if trainer.world_size == 1:  # else Lightning passes the signal on to the others
-            self.request.listen_alone()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The same, for the evaluation after training."""
-        self.on_train_start(trainer, pl_module)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After every whole optimizer step without an evaluation."""
-        whole = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if whole and not (self.evaluate_every and trainer.global_step % self.evaluate_every == 0):
-            self._look(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After an evaluation during training."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._look(trainer)
-
-    def _look(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if self.request.reason is not None:
-            # Several processes may see the request at different steps: saving together would deadlock.
-            if trainer.world_size == 1:
-                self._save(trainer)
-            raise Interrupted(f"stopped by {self.request.reason} at step {step}")
-        if step % self.every == 0:
-            self._save(trainer)
-
-    def _save(self, trainer: Trainer) -> None:
-        newest = self.directory / f"step={trainer.global_step}.ckpt"
-        try:
-            trainer.save_checkpoint(newest)
-        except OSError as error:
-            raise UserError(
-                f"The checkpoint of step {trainer.global_step} cannot be saved in {self.directory}: "
-                f"{error.strerror or error}; mend that or make room; the checkpoint before is intact."
-            ) from error
-        if trainer.is_global_zero:
-            for file in self.directory.glob("*.ckpt"):
-                if file != newest:
-                    file.unlink()
-        if self.committed is not None:
-            self.committed()

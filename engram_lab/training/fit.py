@@ -19,13 +19,13 @@ from engram_lab.text import TokenCorpus
 from engram_lab.text.shards import TOKENIZER
 from engram_lab.tracking import RunRecord
 from engram_lab.training.callbacks import (
-    Checkpoints,
     FlushBeforeCheckpoint,
     MemoryHealth,
     Progress,
     StepLog,
     StopRequest,
 )
+from engram_lab.training.checkpoints import Checkpoints
 from engram_lab.training.data import EngramDataModule
 from engram_lab.training.execution import gather
 from engram_lab.training.module import EngramModule
@@ -79,7 +79,7 @@ def fit(
 
     Raises:
         Diverged: the loss became NaN or infinite.
-        Interrupted: stopped on request, after saving a checkpoint where one process trains.
+        Interrupted: stopped on request, after saving a checkpoint.
         UserError: the checkpoint does not fit this version of the code.
     """
     recipe, network, config = run.recipe, run.network, run.recipe.data

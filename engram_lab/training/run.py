@@ -147,7 +147,7 @@ def train(
         except Diverged as error:
             record.fail(f"diverged: {error}")
             raise
-        except SIGTERMException:  # several processes; it would end them with status 0
+        except SIGTERMException:  # before training began; it would end the process with status 0
             record.interrupt("stopped by SIGTERM")
             raise KeyboardInterrupt("stopped by SIGTERM") from None
         except (Interrupted, KeyboardInterrupt) as error:

@@ -1,4 +1,4 @@
-"""A run that was killed, whenever and on whichever tier, ends like one that was not."""
+"""A run that was killed or asked to stop, whenever and on whichever tier, ends like one that was not."""
 
 from __future__ import annotations
 
@@ -17,25 +17,32 @@ from engram_lab.recipe import Recipe, resolve
 from engram_lab.text import prepare
 from engram_lab.training.run import read_result, run_directory
 
+KILL, ASK = signal.SIGKILL, signal.SIGTERM
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("memory", "reference", "kills"),
+    ("memory", "reference", "signals"),
     [
-        ({}, {}, 2),
-        ({"unique_rows": True}, {"unique_rows": True}, 2),
-        ({"tier": "host", "depth": 3}, {"unique_rows": True}, 2),
-        ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, 2),
-        ({"tier": "sharded"}, {"tier": "sharded"}, 1),
+        ({}, {}, (KILL, KILL)),
+        ({"unique_rows": True}, {"unique_rows": True}, (KILL, KILL)),
+        ({"tier": "host", "depth": 3}, {"unique_rows": True}, (KILL, KILL)),
+        ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, (KILL, KILL)),
+        ({"tier": "sharded"}, {"tier": "sharded"}, (ASK, KILL)),
     ],
     ids=["dense", "device", "host", "disk", "sharded"],
 )
 def test_killed_at_random_moments_it_ends_the_same(
-    tiny: dict[str, Any], tmp_path: Path, memory: dict[str, Any], reference: dict[str, Any], kills: int
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    memory: dict[str, Any],
+    reference: dict[str, Any],
+    signals: tuple[signal.Signals, ...],
 ) -> None:
     """SIGKILL, wherever it hits: a step, an evaluation, a checkpoint or row being written.
 
     Two processes hold the sharded table; ranks add up in one order, so that as many repeat a run exactly.
+    SIGTERM to the first of them ends both at the same step, with a checkpoint of it.
     """
     tiny["data"] = {**tiny["data"], "tokens": 32 * 4 * 150, "repeat": True}
     if memory.get("tier") == "sharded":
@@ -50,18 +57,26 @@ def test_killed_at_random_moments_it_ends_the_same(
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tiny))
     chance = random.Random(0)
-    for _ in range(kills):
+    for number in signals:
         seen = set(directory.glob("checkpoints/*.ckpt"))
         process = start(file)
         while process.poll() is None and set(directory.glob("checkpoints/*.ckpt")) <= seen:
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.3))
         ended = process.poll()
-        os.killpg(process.pid, signal.SIGKILL)
+        if number == KILL:
+            os.killpg(process.pid, KILL)
+        else:
+            os.kill(process.pid, number)
         _, errors = process.communicate()
         assert ended is None, errors.decode()
         assert read_result(directory) is None, "the run was over before it was killed"
-        assert status(recipe)[0] == "RUNNING"
+        if number == KILL:
+            assert status(recipe)[0] == "RUNNING"
+        else:
+            assert process.returncode == 130, errors.decode()
+            (saved,) = directory.glob("checkpoints/*.ckpt")
+            assert status(recipe) == ("KILLED", f"stopped by SIGTERM at step {saved.stem.split('=')[1]}")
     to_the_end(recipe, tmp_path)
     result = read_result(directory)
     assert result is not None
