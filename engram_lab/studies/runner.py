@@ -189,7 +189,7 @@ def _run_cells(
     )
     reported: set[str] = {c.identity for c in queue.states() if c.state in ("finished", "failed")}
     with _workers(directory, ahead, threads) as pool, _interruptible() as stop:
-        reader = ProgressReader(directory, tokens)
+        reader = ProgressReader(directory, tokens, ahead)
         while True:
             pool.tend(queue)
             states = queue.states()

@@ -84,13 +84,20 @@ def _release() -> None:
 
 
 def _observer(file: Path, parent: int, stop: StopRequest) -> Callable[[Progress], None]:
-    """Write the cell's progress for the study to read; stop when the study's own process is gone."""
+    """Write the cell's progress for the study to read; stop when the study's own process is gone.
+
+    `first` is the step from which the cell was continued: what came before was no work of this worker.
+    """
+    first: int | None = None
 
     def observe(progress: Progress) -> None:
+        nonlocal first
         if os.getppid() != parent:
             stop.reason = "the end of the study's own process"
-        state = {"step": progress.step, "steps": progress.steps, "speed": progress.tokens_per_second}
-        write_atomically(file, json.dumps(state | {"time": time.time()}), durable=False)
+        first = progress.step if first is None else first
+        steps = {"first": first, "step": progress.step, "steps": progress.steps}
+        state = steps | {"speed": progress.tokens_per_second, "time": time.time()}
+        write_atomically(file, json.dumps(state), durable=False)
 
     return observe
 
