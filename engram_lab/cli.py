@@ -10,11 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engram_lab.arguments import CommandParser, real, whole
 from engram_lab.errors import UserError
 from engram_lab.processes import check_processes, process_rank
-from scaling.arguments import Parser
 
 DEFAULT_URI = "sqlite:///mlruns/mlflow.db"
+LARGEST_SEED = 2**63 - 1
+"""The last that torch takes."""
+MOST_ROWS = 2**31 - 1
+"""A cache study numbers rows in 32 bits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,10 +70,6 @@ def _first_process_speaks() -> Iterator[None]:
         yield
 
 
-class _Parser(Parser):
-    mistake = UserError
-
-
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *given: Any) -> None:
         from engram_lab.tracking.version import release
@@ -79,7 +79,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="engram-lab",
         description="Allocation studies for sparse language models: experts against memory.",
     )
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     extend = study.add_parser("extend", help="add the cells that would narrow the best share's interval most")
     extend.add_argument("study")
-    extend.add_argument("--count", type=int, default=2, help="at how many shares; default: 2")
+    extend.add_argument("--count", type=whole(1), default=2, help="at how many shares; default: 2")
     extend.add_argument("--cells", nargs="+", default=[], metavar="RHO:SEED", help="add these instead")
     extend.add_argument("--directory", type=Path, default=Path("mlruns"), help="default: mlruns")
     extend.set_defaults(call=_extend)
@@ -136,13 +136,17 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", type=Path, help="a run's directory, the model folder in it, or the run's 16 digits"
     )
     generate.add_argument("text", help="what the document begins with")
-    generate.add_argument("--tokens", type=int, default=128, help="at most this many new ones; default: 128")
     generate.add_argument(
-        "--temperature", type=float, default=1.0, help="0 takes the likeliest; default: 1, as trained"
+        "--tokens", type=whole(1), default=128, help="at most this many new ones; default: 128"
     )
-    generate.add_argument("--top-k", type=int, help="draw among this many likeliest tokens")
-    generate.add_argument("--top-p", type=float, help="draw among the likeliest with this much probability")
-    generate.add_argument("--seed", type=int, default=0, help="default: 0")
+    generate.add_argument(
+        "--temperature", type=real(least=0), default=1.0, help="0 takes the likeliest; default: 1, as trained"
+    )
+    generate.add_argument("--top-k", type=whole(1), help="draw among this many likeliest tokens")
+    generate.add_argument(
+        "--top-p", type=real(above=0, most=1), help="draw among the likeliest with this much probability"
+    )
+    generate.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, help="default: 0")
     generate.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     generate.add_argument(
         "--memory",
@@ -151,7 +155,10 @@ def _parser() -> argparse.ArgumentParser:
         help="where table rows are read from; disk writes a file beside the weights, once; default: resident",
     )
     generate.add_argument(
-        "--hot-rows", type=int, metavar="N", help="with --memory host: keep N rows of each table on the GPU"
+        "--hot-rows",
+        type=whole(1),
+        metavar="N",
+        help="with --memory host: keep N rows of each table on the GPU",
     )
     generate.add_argument(
         "--hot-text", type=Path, metavar="FILE", help="those that this text reads most; needed by --hot-rows"
@@ -178,26 +185,37 @@ def _parser() -> argparse.ArgumentParser:
         "corpus", nargs="+", help="a folder of token shards, a recipe, or text files and folders (or sotu)"
     )
     caching.add_argument("--out", type=Path, default=Path("cache-curve"), help="folder; default: cache-curve")
-    caching.add_argument("--orders", type=int, nargs="+", default=[2, 3, 4, 5], metavar="N")
+    caching.add_argument("--orders", type=whole(1, 16), nargs="+", default=[2, 3, 4, 5], metavar="N")
     caching.add_argument(
-        "--rows-per-head", type=int, help="of the limited table; default: a recipe's, or Engram-27B's 2262400"
+        "--rows-per-head",
+        type=whole(2, MOST_ROWS),
+        help="of the limited table; default: a recipe's, or Engram-27B's 2262400",
     )
     caching.add_argument(
-        "--sequences", type=int, default=1, help="read side by side, as a serving batch does; default: 1"
+        "--sequences", type=whole(1), default=1, help="read side by side, as a serving batch does; default: 1"
     )
-    caching.add_argument("--tokens", type=int, help="only so many, from the beginning")
+    caching.add_argument("--tokens", type=whole(1), help="only so many, from the beginning")
     caching.add_argument(
-        "--sample", type=float, help="share of the rows for the LRU curve; default: all, of 200 M tokens"
+        "--sample",
+        type=real(above=0, most=1),
+        help="share of the rows for the LRU curve; default: all, of 200 M tokens",
     )
     caching.add_argument("--tokenizer", help="a tokenizer.json; default: trained on the text")
-    caching.add_argument("--vocab-size", type=int, help="of a trained tokenizer; default: 16384")
+    caching.add_argument("--vocab-size", type=whole(257), help="of a trained tokenizer; default: 16384")
     caching.add_argument("--cache-dir", help="where token shards are kept; default: .cache/engram_lab/text")
-    caching.add_argument("--row-bytes", type=int, help="default: 264, V4.1's FP8 row")
-    caching.add_argument("--device-bandwidth", type=float, metavar="GB/S", help="default: 2900, H100 HBM3")
+    caching.add_argument("--row-bytes", type=whole(1), help="default: 264, V4.1's FP8 row")
     caching.add_argument(
-        "--host-bandwidth", type=float, metavar="GB/S", help="default: 19.6, 16 threads gathering 256 B rows"
+        "--device-bandwidth", type=real(above=0), metavar="GB/S", help="default: 2900, H100 HBM3"
     )
-    caching.add_argument("--disk-reads", type=float, metavar="READS/S", help="default: 77000, 128 threads")
+    caching.add_argument(
+        "--host-bandwidth",
+        type=real(above=0),
+        metavar="GB/S",
+        help="default: 19.6, 16 threads gathering 256 B rows",
+    )
+    caching.add_argument(
+        "--disk-reads", type=real(above=0), metavar="READS/S", help="default: 77000, 128 threads"
+    )
     caching.set_defaults(call=_cache_curve)
 
     ui = commands.add_parser("ui", help="browse the runs in MLflow's pages")
@@ -205,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     ui.add_argument(
         "--host", default="127.0.0.1", help="interface to listen on; default: 127.0.0.1, this machine alone"
     )
-    ui.add_argument("--port", type=int, default=5000, help="default: 5000")
+    ui.add_argument("--port", type=whole(1, 65535), default=5000, help="default: 5000")
     ui.set_defaults(call=_ui)
 
     doctor = commands.add_parser("doctor", help="check the installation, the devices and the store")
@@ -285,7 +303,7 @@ def _cache_curve(parsed: argparse.Namespace) -> None:
         cache_dir=parsed.cache_dir,
     )
     config = CacheConfig(
-        orders=tuple(parsed.orders),
+        orders=tuple(sorted(set(parsed.orders))),
         rows_per_head=parsed.rows_per_head,
         sequences=parsed.sequences,
         sample=parsed.sample,
@@ -298,8 +316,6 @@ def _cache_curve(parsed: argparse.Namespace) -> None:
 def _ui(parsed: argparse.Namespace) -> int | None:
     from engram_lab.tracking import serve
 
-    if not 1 <= parsed.port <= 65535:
-        raise UserError(f"--port is {parsed.port}; it must lie between 1 and 65535.")
     return serve(parsed.uri, port=parsed.port, host=parsed.host)
 
 

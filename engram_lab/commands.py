@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import gc
 import logging
@@ -18,9 +17,12 @@ import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
+from engram_lab.arguments import OverridesParser, whole
 from engram_lab.budget.published import published_table
 from engram_lab.dry_run import dry_run
 from engram_lab.errors import UserError, nearest
+from engram_lab.launcher import OPTIONS
+from engram_lab.plain import field_names
 from engram_lab.recipe import Recipe
 from engram_lab.recipe_file import read_recipe
 from engram_lab.studies.progress import StudyProgress
@@ -38,8 +40,8 @@ def run(file: Path, overrides: list[str]) -> int:
     `--workers N` is short for `--study.workers=N`; `--dry-run` prints what would be run and stops;
     `--reports DIR` says where a study's report goes.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--workers", type=int)
+    own = OverridesParser(prog="engram-lab run", fields=field_names(Recipe), beside=OPTIONS)
+    own.add_argument("--workers", type=whole(1))
     own.add_argument("--dry-run", action="store_true")
     own.add_argument("--reports", type=Path, default=Path("reports"))
     options, rest = own.parse_known_args(overrides)
@@ -192,7 +194,7 @@ def budget(words: list[str]) -> None:
     `--components` takes each network apart; `--published` prints the published models instead. No document
     is read.
     """
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own = OverridesParser(prog="engram-lab budget", fields=field_names(Recipe))
     own.add_argument("--components", action="store_true")
     own.add_argument("--published", action="store_true")
     options, rest = own.parse_known_args(words)

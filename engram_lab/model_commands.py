@@ -28,11 +28,8 @@ class HotRowsOption:
     """Which rows to keep on the GPU: of each table so many, those that a text reads most."""
 
     rows: int
+    """At least 1."""
     text: Path
-
-    def __post_init__(self) -> None:
-        if self.rows < 1:
-            raise UserError(f"hot-rows is {self.rows}, but must be at least 1.")
 
 
 def generate(
@@ -45,25 +42,23 @@ def generate(
     memory: Tier = "resident",
     hot: HotRowsOption | None = None,
 ) -> int:
-    """Print `text` and up to `length` tokens that the network continues it with, as they come.
+    """Print `text` and up to `length` tokens, at least 1, that the network continues it with, as they come.
 
     The text is taken as the beginning of a document. A blank at its end is taken to be the one before the
     next word, which vocabularies make part of that word, so that none is doubled. The continuation ends
     where the network ends the document. `memory` says where table rows are read from, `hot` which of them
     are kept on the GPU. Returns the exit status: 130 when interrupted, which is a usual way to stop it.
     """
-    if length < 1:
-        raise UserError(f"tokens is {length}, but must be at least 1.")
     if hot is not None and memory != "host":
         raise UserError(
-            f"hot-rows keeps rows of host memory on the GPU, but memory is {memory}: add --memory host."
+            f"--hot-rows keeps rows of host memory on the GPU, but --memory is {memory}: add --memory host."
         )
     saved = open_saved(checkpoint, device, memory)
     if hot is not None:
         where = saved.network.embedding.weight.device
         if where.type != "cuda":
             raise UserError(
-                f"hot-rows keeps rows on the GPU, but the network computes on {where}: leave it out."
+                f"--hot-rows keeps rows on the GPU, but the network computes on {where}: leave it out."
             )
         share = keep_hot_rows(saved, hot)
         print(
@@ -99,7 +94,7 @@ def keep_hot_rows(saved: SavedModel, hot: HotRowsOption) -> float:
         text = hot.text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise UserError(f"hot-text = {str(hot.text)!r} cannot be read: {reason}.") from error
+        raise UserError(f"--hot-text is {str(hot.text)!r}, which cannot be read: {reason}.") from error
     network = saved.network
     assert network.hash is not None
     ids = torch.tensor([saved.encode(text)], device=network.embedding.weight.device)

@@ -51,10 +51,14 @@ class Parser(argparse.ArgumentParser):
 
     def _near(self, name: str) -> str:
         """Return " Did you mean ...?" with the options that `name` begins, else the nearest one, if any."""
-        begun = [option for option in self._option_string_actions if option.startswith(name)]
+        known = self._known()
+        begun = [option for option in known if option.startswith(name)]
         if name.startswith("--") and begun:
             return f" Did you mean {' or '.join(map(repr, begun))}?"
-        return nearest(name, self._option_string_actions)
+        return nearest(name, known)
+
+    def _known(self) -> list[str]:
+        return list(self._option_string_actions)
 
     def _options_if(self, asked: bool) -> str:
         """Return where to look, and where an option was `asked` for the names of all that there are.

@@ -52,6 +52,14 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--budget.total_parameters=10", "budget.total_parameters is 10"),
         ("--model.engram.rows_per_head=1", "rows_per_head is 1"),
         ("--workers=2", "trains one model"),
+        ("--workers=0", "--workers is 0, but must be at least 1."),
+        ("--workers=many", "--workers is many, but must be a whole number."),
+        ("--workers", "argument --workers: expected one argument"),
+        ("--worker=2", "engram-lab run takes no '--worker'. Did you mean '--workers'?"),
+        ("--dry", "engram-lab run takes no '--dry'. Did you mean '--dry-run'?"),
+        ("--dryrun", "Did you mean '--dry-run'?"),
+        ("--device=2", "engram-lab run takes no '--device'. Did you mean '--devices'?"),
+        ("--modle.d_model=32", "unknown recipe field 'modle.d_model'. Did you mean 'model.d_model'?"),
         ("--data.tokens=100_000_000", "data.repeat"),
         ("--text.source=nothing.txt", "nothing.txt"),
         ("--trainer.accelerator=tpu", "accelerator"),
@@ -83,12 +91,14 @@ def test_a_wrong_field_is_named_with_what_is_right(
         ("inspect a --tex words", "engram-lab inspect takes no '--tex'. Did you mean '--text'?"),
         ("--versio", "engram-lab takes no '--versio'. Did you mean '--version'?"),
         ("generate a b --memory hst", "--memory is 'hst'; it must be one of resident, host, disk. Did you"),
-        ("generate a b --tokens many", "--tokens: invalid int value: 'many'"),
+        ("generate a b --tokens many", "--tokens is many, but must be a whole number."),
         (
             "generate a b --length 50",
             "generate takes no '--length'. Its options are --tokens, --temperature,",
         ),
         ("generate a b c", "generate takes no 'c'. See engram-lab generate --help."),
+        ("budget a --comp", "engram-lab budget takes no '--comp'. Did you mean '--components'?"),
+        ("budget --publ", "engram-lab budget takes no '--publ'. Did you mean '--published'?"),
         ("doctor all", "doctor takes no 'all'"),
         ("doctor --all", "doctor takes no '--all'. See engram-lab doctor --help."),
         ("study status", "study status --help"),
@@ -162,7 +172,9 @@ def test_an_empty_recipe_and_a_port_that_is_none(
 ) -> None:
     Path("empty.yaml").write_text("")
     assert "is empty" in refused(capsys, "run", "empty.yaml")
-    assert "--port is 99999" in refused(capsys, "ui", "--port", "99999")
+    assert "--port is 99999, but must be at least 1 and at most 65535." in refused(
+        capsys, "ui", "--port", "99999"
+    )
 
 
 def test_an_empty_corpus_and_a_binary_one(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,10 +163,15 @@ def test_an_interruption_ends_the_line(run, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--tokens", "0"], "tokens is 0"),
-        (["--temperature", "-1"], "temperature is -1.0"),
-        (["--top-k", "0"], "top_k is 0"),
-        (["--top-p", "1.5"], "top_p is 1.5"),
+        (["--tokens", "0"], "--tokens is 0, but must be at least 1.\n"),
+        (["--tokens=2.5"], "--tokens is 2.5, but must be a whole number.\n"),
+        (["--temperature", "-1"], "--temperature is -1, but must be at least 0.\n"),
+        (["--temperature", "nan"], "--temperature is nan, but must be a finite number.\n"),
+        (["--temperature", "hot"], "--temperature is hot, but must be a number.\n"),
+        (["--top-k", "0"], "--top-k is 0, but must be at least 1.\n"),
+        (["--top-p", "0"], "--top-p is 0, but must be above 0 and at most 1.\n"),
+        (["--top-p", "1.5"], "--top-p is 1.5, but must be above 0 and at most 1.\n"),
+        (["--seed", str(2**63)], f"--seed is {2**63}, but must be at least 0 and at most {2**63 - 1}.\n"),
         (["--device", "gpu"], "device is 'gpu', but must be one of cpu, cuda, mps"),
         (["--device", "cpu:x"], "device is 'cpu:x'"),
     ],
@@ -256,8 +261,8 @@ def test_hot_rows_are_those_that_the_text_reads_most(run, tmp_path):
     [
         (["--hot-rows", 5], "--hot-rows and --hot-text go together"),
         (["--hot-text", "x"], "--hot-rows and --hot-text go together"),
-        (["--hot-rows", 0, "--hot-text", "x"], "hot-rows is 0, but must be at least 1."),
-        (["--hot-rows", 5, "--hot-text", "x"], "but memory is resident: add --memory host."),
+        (["--hot-rows", 0, "--hot-text", "x"], "--hot-rows is 0, but must be at least 1."),
+        (["--hot-rows", 5, "--hot-text", "x"], "but --memory is resident: add --memory host."),
         (
             ["--hot-rows", 5, "--hot-text", "x", "--memory", "host", "--device", "cpu"],
             "but the network computes on cpu: leave it out.",
@@ -275,7 +280,7 @@ def test_a_hot_text_that_cannot_be_read_is_one_sentence(run, tmp_path):
     saved = open_saved(run[0], "cpu", "host")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
     for name, reason in (("missing", "No such file"), ("bytes", "it is no text in UTF-8")):
-        with pytest.raises(UserError, match=f"hot-text = .*{name}.*: {reason}"):
+        with pytest.raises(UserError, match=f"--hot-text is .*{name}.* be read: {reason}"):
             keep_hot_rows(saved, HotRowsOption(rows=4, text=tmp_path / name))
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engram_lab.caching.curves import cache_sizes
+from engram_lab.caching.laws import BLOCKS
 from engram_lab.caching.page import build
 from engram_lab.caching.stream import Text
 from engram_lab.caching.study import COLUMNS, CacheConfig, CacheStudy, Speeds, study_caches, to_plain, to_rows
@@ -24,7 +25,7 @@ from engram_lab.files import write_atomically
 from engram_lab.model.engram import EngramConfig
 from engram_lab.recipe_file import read_recipe
 from engram_lab.text import TextConfig, TokenCorpus
-from engram_lab.text.shards import RECORD
+from engram_lab.text.shards import RECORD as SHARDS
 from engram_lab.wording import duration
 from scaling.report.html import to_html
 from scaling.report.numbers import short
@@ -54,6 +55,12 @@ class Options:
 
 def cache_curve(options: Options, config: CacheConfig, speeds: Speeds) -> None:
     """Measure, write the files and print a summary."""
+    least = BLOCKS * config.sequences
+    if options.tokens is not None and options.tokens < least:
+        raise UserError(
+            f"--tokens is {options.tokens}, but must be at least {least} where --sequences is "
+            f"{config.sequences}."
+        )
     console = Console(highlight=False)
     text = _text(options)
     study = study_caches(", ".join(options.corpus), text, config, speeds, _Progress(console))
@@ -64,8 +71,6 @@ def cache_curve(options: Options, config: CacheConfig, speeds: Speeds) -> None:
 
 def _text(options: Options) -> Text:
     corpus, engram = _open(options)
-    if options.tokens is not None and options.tokens < 1:
-        raise UserError(f"--tokens is {options.tokens}; it must be at least 1.")
     ids = corpus.train[: options.tokens]
     rest = None if options.tokens is None else options.tokens - len(ids)
     if len(corpus.validation[:rest]):  # of shards that were made to be trained on
@@ -82,7 +87,7 @@ def _open(options: Options) -> tuple[TokenCorpus, EngramConfig]:
     """Return the tokens and the address rule that `options.corpus` stands for."""
     first = Path(options.corpus[0])
     cut = [name for name in ("tokenizer", "vocab_size") if getattr(options, name) is not None]
-    if len(options.corpus) == 1 and (first / RECORD).is_file():
+    if len(options.corpus) == 1 and (first / SHARDS).is_file():
         if cut:
             raise UserError(f"--{cut[0].replace('_', '-')} is given, but {str(first)!r} is cut into tokens.")
         return TokenCorpus(first), PAPER

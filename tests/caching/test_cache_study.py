@@ -5,6 +5,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from rich.console import Console
 from engram_lab.caching import command
 from engram_lab.caching.study import CacheConfig, Speeds, study_caches, to_plain, to_rows
 from engram_lab.cli import main
+from engram_lab.errors import UserError
 from engram_lab.text import TextConfig, TokenCorpus, prepare
 
 QUICK = ["--orders", "2", "3", "--rows-per-head", "5000", "--tokens", "40000", "--vocab-size", "300"]
@@ -112,11 +114,18 @@ def test_all_of_the_text_is_measured(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["no-such-file.jsonl"], "no such file"),
-        (["sotu", "--orders", "3", "2"], "ascending"),
-        (["sotu", "--sample", "1.5"], "at most 1"),
-        (["sotu", "--sequences", "0"], "at least 1"),
-        (["sotu", "--rows-per-head", "1"], "at least 2"),
-        (["sotu", "--disk-reads", "-1"], "above 0"),
+        (["sotu", "--orders", "2", "17"], "--orders is 17, but must be at least 1 and at most 16."),
+        (["sotu", "--sample", "1.5"], "--sample is 1.5, but must be above 0 and at most 1."),
+        (["sotu", "--sequences", "0"], "--sequences is 0, but must be at least 1."),
+        (["sotu", "--rows-per-head", "1"], "--rows-per-head is 1, but must be at least 2"),
+        (["sotu", "--rows-per-head", str(2**31)], "and at most 2147483647."),
+        (["sotu", "--vocab-size", "256"], "--vocab-size is 256, but must be at least 257."),
+        (["sotu", "--tokens", "0"], "--tokens is 0, but must be at least 1."),
+        (["sotu", "--tokens", "63", "--sequences", "2"], "--tokens is 63, but must be at least 64 where"),
+        (["sotu", "--row-bytes", "0"], "--row-bytes is 0, but must be at least 1."),
+        (["sotu", "--device-bandwidth", "-1"], "--device-bandwidth is -1, but must be above 0."),
+        (["sotu", "--host-bandwidth", "inf"], "--host-bandwidth is inf, but must be a finite number."),
+        (["sotu", "--disk-reads", "-1"], "--disk-reads is -1, but must be above 0."),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_sentence(
@@ -126,6 +135,32 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(
     said = capsys.readouterr().err
     assert sentence in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"orders": (3, 2)}, "ascending"),
+        ({"orders": (2, 17)}, "longer than 16"),
+        ({"rows_per_head": 1}, "at least 2"),
+        ({"sequences": 0}, "at least 1"),
+        ({"sample": 1.5}, "at most 1"),
+        ({"disk_reads": -1.0}, "above 0"),
+    ],
+)
+def test_a_configuration_refuses_what_the_command_line_does(config: dict[str, Any], sentence: str) -> None:
+    kind: Any = Speeds if "disk_reads" in config else CacheConfig
+    with pytest.raises(UserError, match=sentence):
+        kind(**config)
+
+
+def test_orders_may_come_in_any_order(written: Path) -> None:
+    (shards,) = (path for path in (written / "cache").iterdir() if path.is_dir())
+    out = written / "unordered"
+    few = ["--orders", "3", "2", "2", "--rows-per-head", "5000", "--tokens", "4000", "--out", str(out)]
+    assert main(["cache-curve", str(shards), *few]) == 0
+    orders = json.loads((out / "cache-curve.json").read_text())["orders"]
+    assert [order["order"] for order in orders] == [2, 3]
 
 
 def test_progress_ends_at_all_of_the_work_and_never_goes_back() -> None:
