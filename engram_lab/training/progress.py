@@ -126,7 +126,10 @@ class Lines(ProgressBar):
         self._say(f"{done}{loss}{evaluated}{speed}{self._left(step)}")
 
     def _left(self, step: int) -> str:
-        """Say about how long the run still takes: its steps, and its evaluations once one has been timed."""
+        """Say about how long the steps still take, with all evaluations once one has been timed.
+
+        Exporting the weights is left out: nothing of this run says how long that takes.
+        """
         if self._begin is None or step == self._begin[1]:
             return ""
         passed = time.perf_counter() - self._begin[0]
@@ -134,10 +137,11 @@ class Lines(ProgressBar):
             return ""
         training = passed / (step - self._begin[1]) * (self._log.steps - step)
         if self._evaluation is None:
-            return f", about {duration(training)} left, evaluations aside"
+            return f", about {duration(training)} of training left"
         every = self._evaluate_every or self._log.steps
         evaluations = -(-self._log.steps // every) - step // every  # one at the end in any case
-        return f", about {duration(training + evaluations * self._evaluation)} left"
+        both = training + evaluations * self._evaluation
+        return f", about {duration(both)} of training and evaluation left"
 
     def _say(self, line: str) -> None:
         self._last = time.perf_counter()

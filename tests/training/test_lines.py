@@ -134,11 +134,12 @@ def test_what_is_left_leaves_start_up_out_and_counts_evaluations(
     assert capsys.readouterr().out.splitlines() == [
         "training: 100 steps, 100,000 tokens",
         "step 1 of 100, 1,000 tokens, training loss 3.0000, 17 tokens/s",
-        "step 31 of 100, 31,000 tokens, training loss 3.0000, 1,000 tokens/s, about 1 min 9 s left, "
-        "evaluations aside",
+        "step 31 of 100, 31,000 tokens, training loss 3.0000, 1,000 tokens/s, "
+        "about 1 min 9 s of training left",
         "step 40 of 100, 40,000 tokens, training loss 3.0000, validation loss 2.5000, 1,000 tokens/s, "
-        "about 1 min 40 s left",  # 60 steps, and evaluations at 80 and 100
-        "step 70 of 100, 70,000 tokens, training loss 3.0000, 1,000 tokens/s, about 1 min 10 s left",
+        "about 1 min 40 s of training and evaluation left",  # 60 steps, and evaluations at 80 and 100
+        "step 70 of 100, 70,000 tokens, training loss 3.0000, 1,000 tokens/s, "
+        "about 1 min 10 s of training and evaluation left",
     ]
     run.steps(10, 1.0)
     run.evaluate(20.0)
@@ -147,7 +148,7 @@ def test_what_is_left_leaves_start_up_out_and_counts_evaluations(
     run.evaluate(20.0)  # its loss is the run's result, which the command tells
     assert capsys.readouterr().out.splitlines() == [
         "step 80 of 100, 80,000 tokens, training loss 3.0000, validation loss 2.5000, 1,000 tokens/s, "
-        "about 40 s left"
+        "about 40 s of training and evaluation left"  # the last one at 100
     ]
 
 
