@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 
 from engram_lab.analysis.inspection import inspect as examine
@@ -66,6 +67,8 @@ def generate(
             file=sys.stderr,
         )
     prompt = saved.encode(text.rstrip(" "))
+    if (warning := _too_long(saved.folder, len(prompt), length)) is not None:
+        print(warning, file=sys.stderr)
     drawn = (step[0] for step in stream(saved.network, [prompt], length, sampling))
     kept = (token for token in drawn if token is not None and token != saved.network.eos_id)
     bold, normal = ("\033[1m", "\033[0m") if Console().is_terminal else ("", "")
@@ -82,6 +85,24 @@ def generate(
         return 130
     print(flush=True)
     return 0
+
+
+def _too_long(model: Path, given: int, new: int) -> str | None:
+    """Return a warning where `given` and `new` tokens are more than `model` was trained on at once.
+
+    A window of training is T tokens that are read and the one that follows the last of them.
+    """
+    recipe = model.parent / "recipe.yaml"
+    if not recipe.is_file():  # a model folder that was copied alone does not tell
+        return None
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("data", {})
+    trained = data.get("sequence_length")
+    if trained is None or given + new <= trained + 1:
+        return None
+    return (
+        f"warning: the network was trained on {trained:,} tokens at a time, and this asks for up to "
+        f"{given + new:,}, the text's {given:,} among them: how it writes beyond {trained:,} is untried"
+    )
 
 
 @torch.no_grad()

@@ -160,6 +160,24 @@ def test_an_interruption_ends_the_line(run, capsys, monkeypatch):
     assert out.endswith("\n")
 
 
+def test_a_length_beyond_the_one_trained_with_is_told_in_a_line(run, tmp_path, capsys):
+    """As a run's recipe has it; a model folder alone does not tell."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(run[0] / "model")
+    given = len(open_saved(run[0]).encode(PROMPT))
+    recipe = tmp_path / "run" / "recipe.yaml"
+    recipe.write_text(f"data: {{sequence_length: {given + 9}}}")  # reads given + 9, and foretells one more
+    ends = ["--temperature", 0, "--tokens"]
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert said(capsys, folder, PROMPT, *ends, 10)[2] == ""
+        status, out, err = said(capsys, folder, PROMPT, *ends, 11)
+        assert err == (
+            f"warning: the network was trained on {given + 9} tokens at a time, and this asks for up to "
+            f"{given + 11}, the text's {given} among them: how it writes beyond {given + 9} is untried\n"
+        )
+        assert (status, out, "") == said(capsys, run[0], PROMPT, *ends, 11)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
