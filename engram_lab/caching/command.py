@@ -22,8 +22,10 @@ from engram_lab.caching.study import COLUMNS, CacheConfig, CacheStudy, Speeds, s
 from engram_lab.commands import prepare_shown
 from engram_lab.errors import UserError
 from engram_lab.files import write_atomically
+from engram_lab.model.checkpoint import RECORD as NETWORK
 from engram_lab.model.engram import EngramConfig
 from engram_lab.recipe_file import read_recipe
+from engram_lab.saved_model import RUNS
 from engram_lab.text import TextConfig, TokenCorpus
 from engram_lab.text.shards import RECORD as SHARDS
 from engram_lab.wording import duration
@@ -85,6 +87,8 @@ def _text(options: Options) -> Text:
 
 def _open(options: Options) -> tuple[TokenCorpus, EngramConfig]:
     """Return the tokens and the address rule that `options.corpus` stands for."""
+    for name in options.corpus:
+        _refuse_run(name)
     first = Path(options.corpus[0])
     cut = [name for name in ("tokenizer", "vocab_size") if getattr(options, name) is not None]
     if len(options.corpus) == 1 and (first / SHARDS).is_file():
@@ -104,6 +108,24 @@ def _open(options: Options) -> tuple[TokenCorpus, EngramConfig]:
         if (value := getattr(options, name)) is not None
     }
     return prepare_shown(TextConfig(source=options.corpus, validation_fraction=0.0, **given)), PAPER
+
+
+def _refuse_run(name: str) -> None:
+    """Refuse a run, named as the other commands take it: by its identity, its folder or the model in it."""
+    given = Path(name)
+    folder = given if given.exists() else RUNS / name
+    run = folder.parent if folder.name == "model" else folder
+    recipe = run / "recipe.yaml"
+    if recipe.is_file() and ((run / "model").is_dir() or (run / "lock").is_file()):
+        text = ", ".join(map(repr, read_recipe(recipe, []).text.sources))
+        raise UserError(
+            f"{name!r} is a run, but a text is wanted: give text files, folders of them or sotu; the run's "
+            f"own, {text}, is measured by its recipe, {str(recipe)!r}."
+        )
+    if (folder / NETWORK).is_file():
+        raise UserError(
+            f"{name!r} is a trained network, but a text is wanted: give text files, folders of them or sotu."
+        )
 
 
 def _write(study: CacheStudy, out: Path) -> None:

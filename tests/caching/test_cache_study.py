@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from caching_texts import some_text
 from rich.console import Console
+from saved_networks import save_run
 
 from engram_lab.caching import command
 from engram_lab.caching.study import CacheConfig, Speeds, study_caches, to_plain, to_rows
 from engram_lab.cli import main
 from engram_lab.errors import UserError
+from engram_lab.recipe import Recipe
 from engram_lab.text import TextConfig, TokenCorpus, prepare
 
 QUICK = ["--orders", "2", "3", "--rows-per-head", "5000", "--tokens", "40000", "--vocab-size", "300"]
@@ -152,6 +155,32 @@ def test_a_configuration_refuses_what_the_command_line_does(config: dict[str, An
     kind: Any = Speeds if "disk_reads" in config else CacheConfig
     with pytest.raises(UserError, match=sentence):
         kind(**config)
+
+
+@pytest.mark.parametrize("given", ["{id}", "mlruns/runs/{id}", "mlruns/runs/{id}/", "mlruns/runs/{id}/model"])
+def test_a_run_is_answered_with_its_recipe(
+    given: str, tiny: dict[str, Any], in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a text, too; and the recipe that is named can be given."""
+    run = "0123456789abcdef"
+    recipe = Path("mlruns/runs") / run / "recipe.yaml"
+    (recipe.parent / "model").mkdir(parents=True)
+    recipe.write_text(yaml.safe_dump(Recipe.from_dict(tiny).to_dict()))
+    assert main(["cache-curve", "sotu", given.format(id=run)]) == 2
+    source = tiny["text"]["source"]
+    assert capsys.readouterr().err == (
+        f"error: {given.format(id=run)!r} is a run, but a text is wanted: give text files, folders of them "
+        f"or sotu; the run's own, {source!r}, is measured by its recipe, {str(recipe)!r}.\n"
+    )
+    assert main(["cache-curve", str(recipe), "--orders", "2", "--tokens", "5000"]) == 0
+
+
+def test_a_network_without_its_run_is_told_from_a_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_run(tmp_path)
+    assert main(["cache-curve", str(tmp_path / "model")]) == 2
+    assert "is a trained network, but a text is wanted: give text files" in capsys.readouterr().err
 
 
 def test_orders_may_come_in_any_order(written: Path) -> None:
