@@ -10,7 +10,8 @@ graph, several under DDP as two with the exchange of gradients between them; wit
 launch theirs from the host: what that costs is part of the efficiency. The first half of the steps compiles
 and warms up; the other is timed in blocks, whose median counts. Every call adds an entry to the JSON file.
 Weights are drawn on the device, as `step_gpu.py` draws them: the host would take longer for those of a run
-than the steps take.
+than the steps take. Processes learn that they are to stop as those of a run do, or, with `--stop lightning`,
+by a broadcast on the device that every step waits for.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from step_gpu import build, large_model, study_model, synchronise, text, tiny_mo
 from torch.utils.data import DataLoader
 
 from engram_lab.training import module as training_module
+from engram_lab.training.callbacks import StopRequest
+from engram_lab.training.checkpoints import Checkpoints
 from engram_lab.training.module import EngramModule
 from engram_lab.training.optimizer import OptimizerConfig
 
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="study")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--strategy", choices=("ddp", "sharded"), default="ddp")
+    parser.add_argument("--stop", choices=("run", "lightning"), default="run")
     parser.add_argument("--steps", type=int, help="half of which are timed")
     parser.add_argument("--out", type=Path, help="JSON file that the result is added to")
     parser.add_argument("--rehearse", action="store_true")
@@ -88,15 +92,19 @@ def main() -> None:
         sharded = ModelParallelStrategy(data_parallel_size=options.devices, tensor_parallel_size=1)
         strategy = sharded if options.strategy == "sharded" else "ddp"
     clock = Clock(steps)
+    callbacks: list[Callback] = [clock]
+    if options.stop == "run":
+        request = StopRequest()
+        callbacks.append(Checkpoints(Path(), every=steps + 1, evaluate_every=None, request=request))
     trainer = Trainer(
         accelerator="cpu" if options.rehearse else "gpu",
         devices=options.devices,
         strategy=strategy,
         max_steps=steps,
         precision="32-true" if options.rehearse else "bf16-mixed",
-        callbacks=[clock],
+        callbacks=callbacks,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=options.stop == "run",
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -110,6 +118,7 @@ def main() -> None:
         "model": options.model,
         "devices": options.devices,
         "strategy": options.strategy if options.devices > 1 else None,
+        "stop": options.stop,
         "machine": "a CPU" if options.rehearse else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "tokens_per_second": tokens / statistics.median(clock.seconds),

@@ -78,7 +78,8 @@ class Checkpoints(Checkpoint):
         self.request.listen_alone()
         if trainer.world_size > 1:
             self._votes = Votes()
-            # Lightning asks the first process after every step, and waits for the device (its issue 21487).
+            # It tells all of a SIGTERM after every step, on the device, and waits for it:
+            # https://github.com/Lightning-AI/pytorch-lightning/issues/21487
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from engram_lab.errors import UserError
 from engram_lab.training import together
@@ -115,3 +116,8 @@ def test_what_an_earlier_launch_left_ends_nobody_once_the_leader_has_deleted_it(
     with together._watching(failed, end):
         assert ended.wait(30)
     assert ended_at[0] == 5
+
+
+def test_lightnings_broadcast_is_called_what_checkpoints_silence() -> None:
+    """Under another name it would make every process wait for its device after every step again."""
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
