@@ -216,3 +216,36 @@ def test_interruption_lets_writes_under_way_land() -> None:
     reference = DeviceStore(ROWS, layout.record_bytes)
     _, records = train(reference, layout, depth=0, count=3)
     assert torch.equal(written[0], records)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("host", [True, False])
+def test_a_step_is_launched_while_the_device_is_busy(host: bool) -> None:
+    """Rows that threads gather are waited for, but never what the device has still to do."""
+    layout, device = RecordLayout(row_dim=16), torch.device("cuda", 0)
+    size = (ROWS, layout.record_bytes)
+    store: RowStore = HostStore(*size, threads=1) if host else DeviceStore(*size, device)
+    records = torch.empty(size, dtype=torch.uint8)
+    layout.encode(torch.randn(ROWS, 16), records)
+    store.write(torch.arange(ROWS, device=store.device), records.to(store.device))
+    pipeline, batches = RowPipeline(store, layout, optimizer(layout), (0,), device=device), steps(LAG + 4, 1)
+    scale = torch.ones((), device=device)
+
+    def step(number: int) -> None:
+        pipeline.announce(number, batches[number - 1])
+        pipeline.begin(number)
+        pipeline.reading(0).sum().backward()
+        pipeline.commit(scale)
+
+    for number in range(1, LAG + 4):
+        step(number)
+    pipeline.flush()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    busy = torch.cuda.current_stream().record_event()
+    step(LAG + 4)
+    assert not busy.query()
+    pipeline.flush()
+    assert busy.query() or not host  # rows in place have landed once they are launched
+    pipeline.close()
