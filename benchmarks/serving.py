@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import time
 import traceback
@@ -38,6 +39,7 @@ from engram_lab.files import write_atomically
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.lookup import ServingTable
+from engram_lab.memory.serving import GATHERERS
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
@@ -264,7 +266,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens decoded per sequence")
     parser.add_argument("--sweep-rounds", type=int, default=5)
     parser.add_argument("--sweep-steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=8, help="that gather rows, and fill the table")
+    parser.add_argument("--threads", type=int, default=GATHERERS, help="that gather rows")
     parser.add_argument("--crossing", type=int, nargs="*", default=[1 << k for k in range(10, 21)])
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU, in seconds")
     options = parser.parse_args()
@@ -286,7 +288,7 @@ def main() -> None:
     fill(small, layout, 1)
     host = HostStore(rows["host"], layout.record_bytes, threads=options.threads)
     mapped = time.perf_counter()
-    fill(host, layout, options.threads)
+    fill(host, layout, len(os.sched_getaffinity(0)))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     results: dict[str, Any] = {
         "machine": machine,

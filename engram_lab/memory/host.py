@@ -27,7 +27,7 @@ class HostStore:
     Args:
         rows: R.
         record_bytes: S.
-        threads: of the pool; None takes one per processor.
+        threads: of the pool; None takes one per processor, at most 8.
         registered: register the mapping with CUDA; None where there is a GPU. Registering faults all pages
             in, so they are touched in parallel first.
 
@@ -49,7 +49,9 @@ class HostStore:
         self.records = map_records(rows, record_bytes)
         if self._registered:
             flat = self.records.view(-1)
-            self._workers.share(len(flat), lambda a, b: flat[a:b].zero_(), TOUCHED_AT_ONCE)
+            touching = Workers()
+            touching.share(len(flat), lambda a, b: flat[a:b].zero_(), TOUCHED_AT_ONCE)
+            touching.close()
             torch.cuda.init()
             runtime = torch.cuda.cudart()
             try:

@@ -25,6 +25,9 @@ from engram_lab.memory.resident import RowStorage
 from engram_lab.memory.stores import DeviceStore, RowStore, fill
 
 FILLED = "filled"
+GATHERERS = 2
+"""Threads that gather rows from the host's memory, unless told. Look-ups begin ahead of where they are
+needed, and take milliseconds; more threads keep the interpreter from the one that launches the network."""
 Weights = Callable[[int, int], Tensor]
 """Gives rows first, ..., first + count - 1 [count, U] on the CPU; called from several threads at once."""
 
@@ -61,7 +64,7 @@ def serving_table(
         store = _on_disk(Path(memory.directory), rows, layout, fingerprint, initial, memory)
     else:
         if memory.tier == "host":
-            store = HostStore(rows, layout.record_bytes, threads=memory.threads)
+            store = HostStore(rows, layout.record_bytes, threads=memory.threads or GATHERERS)
         else:
             store = DeviceStore(rows, layout.record_bytes, device)
         fill(store, initial, threads=memory.threads)
