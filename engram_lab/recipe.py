@@ -206,20 +206,15 @@ def _initial_rows(memory: MemoryConfig) -> dict[str, str]:
     folder = memory.initial_folder
     if folder is None:
         return {}
-    from engram_lab.memory.export import INDEX, SavedRows  # would cost every command half a second
+    from engram_lab.model.checkpoint import RECORD, given_rows  # would cost every command half a second
 
     try:
-        return {"memory.initial_rows": SavedRows(folder).digest}
+        return {"memory.initial_rows": given_rows(folder).digest}
     except UserError as error:
         if not folder.is_dir():
             reason = f"there is no folder '{folder}'; name the `model` folder of a finished run."
-        elif (folder / "model" / INDEX).exists():
+        elif (folder / "model" / RECORD).exists():
             reason = f"'{folder}' is a run's folder; name '{folder / 'model'}'."
-        elif (folder / "model.json").exists() or (folder / "model" / "model.json").exists():
-            reason = (
-                f"the table of the network in '{folder}' was trained as one dense parameter and is in no "
-                "shards; train it with memory.unique_rows, or with memory.tier host or disk."
-            )
         else:
             reason = str(error)
         raise UserError(f"memory.initial_rows cannot be used: {reason}") from error

@@ -27,9 +27,9 @@ class MemoryConfig:
             training one dense parameter. Tiers then agree bit for bit on a CPU.
         rows: format in which rows are trained; bfloat16 rows are rounded stochastically.
         state: format of the row optimizer's averages.
-        initial_rows: folder of a network saved with its rows in shards, whose memories have the same
-            addresses: rows begin as they are there, with no optimizer state. It must stay until the run has
-            finished. None draws rows from the seed.
+        initial_rows: folder of a saved network, trained on any tier, whose memories have the same addresses:
+            rows begin as they are there, with no optimizer state. It must stay until the run has finished.
+            None draws rows from the seed.
         directory: with the disk tier, the folder of the table's file, best on a fast disk; None takes the
             run's own.
         depth: steps that rows are gathered ahead.

@@ -1,6 +1,6 @@
 """A network as a folder: `model.safetensors` with the weights and `model.json` with everything else.
 
-The rows of its tables are among the weights, or lie beside them in shards (memory/export.py).
+The rows of its tables are among the weights, or lie beside them in shards (memory/saved_rows.py).
 
 A memory is worth something only to the tokenizer, canonical map and hash it was trained with: with another,
 every row would be read for the wrong n-gram and nothing would crash. The JSON file records all three, and a
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from engram_lab.errors import UserError
 from engram_lab.files import share_as_folder
 from engram_lab.memory.config import MemoryConfig
-from engram_lab.memory.export import SavedRows, remove_rows
+from engram_lab.memory.export import remove_rows
+from engram_lab.memory.saved_rows import INDEX, DenseRows, GivenRows, SavedRows
 from engram_lab.memory.serving import serving_table
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
@@ -208,7 +209,8 @@ def load(
     placed = None
     if tables is not None and memory is not None and far:
         dtype = tensors["embedding.weight"].dtype
-        placed = _far_tables(Path(folder) / WEIGHTS, shards, memory, tables, torch.device(device), dtype)
+        rows = shards or _dense(Path(folder), memory)
+        placed = _far_tables(rows, memory, tables, torch.device(device), dtype)
     with torch.device(device):
         network = Transformer(record.network, canonical=stored, eos_id=record.eos_id, tables=placed)
     for name, fresh in network.state_dict().items():
@@ -249,6 +251,26 @@ def _weights_file(path: Path, device: str = "cpu") -> Iterator[Any]:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
+def given_rows(folder: Path) -> GivenRows:
+    """Return the rows of a saved network's tables, from shards or from among its weights.
+
+    Raises:
+        UserError: there is no such network, or it has no table that is read by n-gram.
+    """
+    if (folder / INDEX).exists():
+        return SavedRows(folder)
+    record = read_record(folder)
+    if record.rows_digest is not None:
+        return SavedRows(folder)  # which says what is missing
+    if record.network.engram is None or not record.network.engram.n_heads:
+        raise UserError(f"'{folder}' holds a network that reads no table by n-gram.")
+    return _dense(folder, record.network.engram)
+
+
+def _dense(folder: Path, memory: EngramConfig) -> DenseRows:
+    return DenseRows(folder / WEIGHTS, table_sizes(memory), memory.row_dim)
+
+
 def _shards(folder: Path, record: CheckpointRecord) -> SavedRows:
     """Return the tables' rows that lie beside the weights."""
     saved, memory = SavedRows(folder), record.network.engram
@@ -274,28 +296,13 @@ def _read_tables(network: Transformer, shards: SavedRows) -> dict[str, Tensor]:
 
 
 def _far_tables(
-    path: Path,
-    shards: SavedRows | None,
-    engram: EngramConfig,
-    memory: MemoryConfig,
-    device: torch.device,
-    dtype: torch.dtype,
+    rows: GivenRows, engram: EngramConfig, memory: MemoryConfig, device: torch.device, dtype: torch.dtype
 ) -> nn.ModuleList:
-    """Return every memory's table, its rows read from the shards or the weights' file as they are needed."""
-    digest = ""
-    if memory.tier == "disk":
-        digest = shards.digest if shards else hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
-
-    def rows(name: str, first: int, count: int) -> Tensor:
-        if shards is not None:
-            return shards.weights(name, first, count)
-        with _weights_file(path) as file:
-            part: Tensor = file.get_slice(name)[first : first + count]
-            return part
-
+    """Return every memory's table, its rows read from where they were saved as they are needed."""
+    digest = rows.digest if memory.tier == "disk" else ""
     return nn.ModuleList(
         serving_table(
-            partial(rows, name),
+            partial(rows.weights, name),
             count,
             engram.row_dim,
             storage=engram.row_storage,
@@ -304,5 +311,5 @@ def _far_tables(
             device=device,
             dtype=dtype,
         )
-        for m, (name, count) in enumerate(table_sizes(engram).items())
+        for m, (name, count) in enumerate(rows.tables.items())
     )

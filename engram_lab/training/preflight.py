@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from engram_lab.budget import count
 from engram_lab.errors import UserError
-from engram_lab.memory.export import SavedRows
-from engram_lab.model.checkpoint import canonical_hash, read_record, table_sizes
+from engram_lab.memory.saved_rows import SavedRows
+from engram_lab.model.checkpoint import canonical_hash, given_rows, read_record, table_sizes
 from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION, NgramHash
 from engram_lab.recipe import ResolvedRun
 from engram_lab.text import TokenCorpus
@@ -63,13 +63,13 @@ def _check_initial_rows(run: ResolvedRun, corpus: TokenCorpus) -> None:
         raise UserError(
             f"memory.initial_rows is '{given}', but the network reads no table by n-gram; leave it out."
         )
-    saved, record = SavedRows(given), read_record(given)
+    saved, record = given_rows(given), read_record(given)
     try:
         saved.require(table_sizes(engram), engram.row_dim)
     except UserError as error:
         fields = "model.engram's tables (layers, orders, heads, row_dim, rows_per_head; budget.rho, if given)"
         raise UserError(f"memory.initial_rows needs {fields} as in that network. {error}") from error
-    if saved.digest != record.rows_digest:
+    if isinstance(saved, SavedRows) and saved.digest != record.rows_digest:
         raise UserError(
             f"memory.initial_rows is '{given}', whose table rows are not those of the network saved there; "
             "restore what was saved."

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from engram_lab.errors import UserError
 from engram_lab.memory.config import MemoryConfig
 from engram_lab.memory.disk import DiskStore
-from engram_lab.memory.export import SavedRows, export_rows
+from engram_lab.memory.export import export_rows
 from engram_lab.memory.far import FarTable
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
@@ -35,7 +35,7 @@ from engram_lab.memory.shard import Shard
 from engram_lab.memory.sharded import ShardedPipeline
 from engram_lab.memory.sinkhorn import MOMENTUM
 from engram_lab.memory.stores import DeviceStore, Initial, RowStore
-from engram_lab.model.checkpoint import table_sizes
+from engram_lab.model.checkpoint import given_rows, table_sizes
 from engram_lab.model.engram import EngramConfig
 from engram_lab.model.hashing import table_rows
 from engram_lab.model.initialise import initial_rows
@@ -97,7 +97,7 @@ class TableRows(Callback):
         self.checkpoints = RowCheckpoints(directory / "rows", self.layout, identity)
         self._given: Initial | None = None
         if config.initial_folder is not None:
-            self._given = SavedRows(config.initial_folder).initial(self.layout, table_sizes(engram))
+            self._given = given_rows(config.initial_folder).initial(self.layout, table_sizes(engram))
         self._pipeline: RowService | None = None
         self._shows = False
         self._manifests: list[Manifest] = []

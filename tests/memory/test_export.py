@@ -16,10 +16,11 @@ from torch import Tensor
 
 from engram_lab.errors import UserError
 from engram_lab.memory import export
-from engram_lab.memory.export import INDEX, SavedRows, export_rows, remove_rows
+from engram_lab.memory.export import export_rows, remove_rows
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.resident import RowStorage, round_rows
+from engram_lab.memory.saved_rows import INDEX, SavedRows
 from engram_lab.memory.stores import DeviceStore, RowStore, fill
 
 U = 36

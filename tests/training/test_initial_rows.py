@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from engram_lab.errors import UserError
-from engram_lab.memory.export import INDEX, SavedRows
 from engram_lab.memory.layout import RecordLayout
+from engram_lab.memory.saved_rows import INDEX, SavedRows
 from engram_lab.model import hashing
+from engram_lab.model.checkpoint import load
 from engram_lab.recipe import Recipe, resolve
 from engram_lab.text import prepare
 from engram_lab.training import preflight
@@ -74,6 +75,20 @@ def test_a_run_begins_with_exactly_the_rows_of_another(
     assert all((values == 0).all() for kind, values in fields.items() if kind != "weight")
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_run_begins_with_the_rows_of_a_dense_table(
+    tiny: dict[str, Any], tmp_path: Path, begun: list[Tensor], storage: str
+) -> None:
+    """Rows that trained as one parameter on the device are not rounded to what they are read in."""
+    short = {"data.tokens": 32 * 4 * 6, "model.engram.row_storage": storage}
+    dense = saved_by(recipe(tiny, tmp_path / "before", {}, **short))
+    memory = {"tier": "host", "initial_rows": str(dense)}
+    train(recipe(tiny, tmp_path / "after", memory, **short), progress_bar=False)
+    expected = torch.cat([table.weight for table in load(dense).tables]).detach()
+    assert torch.equal(RecordLayout(row_dim=4, rule="adam").fields(begun[0])["weight"], expected)
+    assert torch.equal(expected, expected.bfloat16().float()) is False
+
+
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_a_stopped_run_goes_on_from_rows_that_were_given(
     tiny: dict[str, Any], tmp_path: Path, saved: Path, tier: str
@@ -128,12 +143,12 @@ def _other_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (
             lambda folder, _: (folder / INDEX).unlink(),
             {},
-            "was trained as one dense parameter and is in no shards; train it with memory.unique_rows",
+            "memory.initial_rows cannot be used: .* holds no exported table rows: there is no rows.index",
         ),
         (
             lambda folder, _: [file.unlink() for file in folder.iterdir()],
             {},
-            "memory.initial_rows cannot be used: .* holds no exported table rows",
+            "memory.initial_rows cannot be used: .* is no checkpoint: it holds no model.json",
         ),
         (
             lambda folder, _: shutil.move(shutil.move(folder, folder.parent / "x"), folder / "model"),
@@ -172,6 +187,14 @@ def test_rows_that_do_not_fit_are_refused_before_the_run(
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "after" / "runs").exists()
+
+
+def test_a_network_without_a_table_has_no_rows_to_begin_with(tiny: dict[str, Any], tmp_path: Path) -> None:
+    short = {"data.tokens": 32 * 4 * 6}
+    experts = saved_by(recipe(tiny, tmp_path / "before", {}, **short, **{"budget.rho": 1.0}))
+    wrong = recipe(tiny, tmp_path / "after", {"tier": "host", "initial_rows": str(experts)})
+    with pytest.raises(UserError, match="cannot be used: '.*/model' holds a network that reads no table by"):
+        train(wrong, progress_bar=False)
 
 
 def test_the_tokenizer_must_be_the_one_the_rows_were_trained_with(
