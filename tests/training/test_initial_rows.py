@@ -193,7 +193,7 @@ def test_a_network_without_a_table_has_no_rows_to_begin_with(tiny: dict[str, Any
     short = {"data.tokens": 32 * 4 * 6}
     experts = saved_by(recipe(tiny, tmp_path / "before", {}, **short, **{"budget.rho": 1.0}))
     wrong = recipe(tiny, tmp_path / "after", {"tier": "host", "initial_rows": str(experts)})
-    with pytest.raises(UserError, match="cannot be used: '.*/model' holds a network that reads no table by"):
+    with pytest.raises(UserError, match=r"cannot be used: '.*/model' holds a network that reads no table by"):
         train(wrong, progress_bar=False)
 
 
