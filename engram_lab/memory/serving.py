@@ -9,10 +9,12 @@ Shapes: R rows, U row width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from engram_lab.errors import UserError
@@ -81,17 +83,24 @@ def _on_disk(
 ) -> DiskStore:
     """Return the table's file, opened to be read only; written first where it is not there yet.
 
-    A file is whole once it has been marked, so a killed process leaves none that looks finished.
+    A file is whole once it has been marked, so a killed process leaves none that looks finished. Of several
+    processes one writes it while the others wait.
     """
     path = folder / f"{hashlib.sha256(f'{fingerprint} {layout.describe()}'.encode()).hexdigest()[:16]}.table"
-    if not any(folder.glob(f"{path.name}.written-*")):
-        filling = DiskStore(path, layout, rows, fingerprint, cache_rows=0)
-        try:
-            fill(filling, initial, threads=memory.threads)
-            filling.sync()
-            filling.mark(FILLED)
-        finally:
-            filling.close()
+
+    def filled() -> bool:
+        return path.exists() and any(folder.glob(f"{path.name}.written-*"))
+
+    if not filled():
+        with _alone_at(path):
+            if not filled():
+                filling = DiskStore(path, layout, rows, fingerprint, cache_rows=0)
+                try:
+                    fill(filling, initial, threads=memory.threads)
+                    filling.sync()
+                    filling.mark(FILLED)
+                finally:
+                    filling.close()
     return DiskStore(
         path,
         layout,
@@ -101,3 +110,21 @@ def _on_disk(
         cache_rows=memory.cache_rows,
         threads=memory.threads,
     )
+
+
+@contextmanager
+def _alone_at(path: Path) -> Iterator[None]:
+    """Wait until no other process makes the file at `path`, and keep them waiting."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(
+            f"The table's file {path} cannot be made: {error.strerror or error}; choose another "
+            "memory.directory."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -20,7 +20,7 @@ from engram_lab.errors import UserError
 from engram_lab.memory.room import GIB, require_memory
 from engram_lab.memory.row_copy import Workers, alone
 
-SMALLER_TABLE = "lower engram.rows_per_head, or set memory.rows and memory.state to bfloat16"
+SMALLER_TABLE = "lower model.engram.rows_per_head, or set memory.rows and memory.state to bfloat16"
 CHUNK_BYTES = 1 << 24
 """Of records that a thread fills at once, where rows that are drawn together are not more."""
 DRAWN = 2048

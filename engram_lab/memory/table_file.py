@@ -47,7 +47,7 @@ class TableFile:
         Raises:
             UserError: no room on the disk, or a disk that fails.
         """
-        path, remedy = self.path, "choose another memory.directory, or lower engram.rows_per_head"
+        path, remedy = self.path, "choose another memory.directory, or lower model.engram.rows_per_head"
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,16 @@
 """A saved network reads the same rows from every tier."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from saved_networks import save_run
 
 from engram_lab.errors import UserError
+from engram_lab.memory import serving
 from engram_lab.memory.config import MemoryConfig
 from engram_lab.memory.hot_rows import HotRows, hottest
 from engram_lab.model.checkpoint import load, save
@@ -55,6 +59,41 @@ def test_a_file_that_was_not_finished_is_written_anew(tmp_path: Path) -> None:
     assert file.read_bytes() == whole
     ids = torch.arange(20).unsqueeze(0)
     assert torch.equal(served(ids), network(ids))
+
+
+def test_logs_of_a_file_that_was_removed_do_not_pass_for_it(tmp_path: Path) -> None:
+    network, _ = save_run(tmp_path)
+    memory = MemoryConfig(tier="disk", directory=str(tmp_path / "rows"))
+    close(load(tmp_path / "model", tables=memory))
+    (file,) = (tmp_path / "rows").glob("*.table")
+    file.unlink()
+    served = load(tmp_path / "model", tables=memory)
+    ids = torch.arange(20).unsqueeze(0)
+    assert torch.equal(served(ids), network(ids))
+    close(served)
+
+
+def test_of_two_that_want_a_file_one_writes_it_while_the_other_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, _ = save_run(tmp_path)
+    memory = MemoryConfig(tier="disk", directory=str(tmp_path / "rows"))
+    fill, fills = serving.fill, []
+
+    def slow(*given: Any, **named: Any) -> None:
+        fills.append(given)
+        time.sleep(0.3)
+        fill(*given, **named)
+
+    monkeypatch.setattr(serving, "fill", slow)
+    with ThreadPoolExecutor(2) as processes:
+        both = [processes.submit(load, tmp_path / "model", tables=memory) for _ in range(2)]
+        served = [network.result() for network in both]
+    assert len(fills) == len(network.tables)
+    ids = torch.arange(20).unsqueeze(0)
+    for one in served:
+        assert torch.equal(one(ids), network(ids))
+        close(one)
 
 
 def test_other_weights_are_another_file(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_filling_reports_progress_and_stops_at_the_first_error(make: Make) -> No
 def test_too_little_memory_is_said_before_any_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"need 931322.6 GiB .* GiB are available; set memory.tier to disk"):
         HostStore(10**10, 10**5)
-    with pytest.raises(UserError, match=r"lower engram.rows_per_head"):
+    with pytest.raises(UserError, match=r"lower model\.engram\.rows_per_head"):
         DeviceStore(10**10, 10**5)
     monkeypatch.setattr("engram_lab.memory.room.available_memory", lambda: 999)
     with pytest.raises(UserError, match=r"need 0\.0 GiB"):
