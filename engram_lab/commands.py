@@ -23,7 +23,7 @@ from engram_lab.dry_run import dry_run
 from engram_lab.errors import UserError, nearest
 from engram_lab.launcher import OPTIONS
 from engram_lab.plain import field_names
-from engram_lab.recipe import Recipe
+from engram_lab.recipe import Recipe, run_directory
 from engram_lab.recipe_file import read_recipe
 from engram_lab.studies.progress import StudyProgress
 from engram_lab.studies.runner import run_study
@@ -85,7 +85,7 @@ def _prepare_shown(text: TextConfig) -> TokenCorpus:
 
 def _train(recipe: Recipe) -> int:
     from engram_lab.training.module import Diverged
-    from engram_lab.training.run import run_directory, train
+    from engram_lab.training.run import train
 
     corpus = prepare_shown(recipe.text)
     try:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from engram_lab.budget import Allocation, BudgetConfig, solve
@@ -199,6 +200,11 @@ def resolve(recipe: Recipe, corpus: TokenCorpus | UnreadText) -> ResolvedRun:
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return ResolvedRun(recipe=recipe, network=allocation.network, allocation=allocation, identity=digest[:16])
+
+
+def run_directory(recipe: Recipe, identity: str) -> Path:
+    """Where the run of that identity lives."""
+    return Path(recipe.tracking.directory) / "runs" / identity
 
 
 def _initial_rows(memory: MemoryConfig) -> dict[str, str]:

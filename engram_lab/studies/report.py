@@ -11,9 +11,8 @@ import polars as pl
 import yaml
 
 from engram_lab.errors import UserError
-from engram_lab.recipe import Recipe
+from engram_lab.recipe import Recipe, run_directory
 from engram_lab.studies.extension import ExtraCell, read_extension, study_directory
-from engram_lab.training.run import run_directory
 
 MISMATCH = {
     "strict": "the mismatch of FLOPs leaves the router out, whose FLOPs grow with the experts; the column "

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from engram_lab.budget import count
 from engram_lab.errors import UserError
+from engram_lab.memory.room import require_disk
 from engram_lab.memory.saved_rows import SavedRows
 from engram_lab.model.checkpoint import canonical_hash, given_rows, read_record, table_sizes
 from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION, NgramHash
-from engram_lab.recipe import ResolvedRun
+from engram_lab.recipe import ResolvedRun, run_directory
 from engram_lab.text import TokenCorpus
 from engram_lab.training.data import EngramDataModule
 from engram_lab.training.rows import moves_records, record_layout
@@ -24,8 +26,8 @@ def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
     """Find what would stop the run before anything of it is written.
 
     Raises:
-        UserError: too few tokens, too little memory, devices that do not exist, settings that contradict each
-            other.
+        UserError: too few tokens, too little memory or disk, devices that do not exist, settings that
+            contradict each other.
     """
     recipe = run.recipe
     EngramDataModule(recipe.data, corpus, None, seed=recipe.seed)
@@ -36,6 +38,7 @@ def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
             recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=None
         )
     _require_memory(run, trainer)
+    _require_disk(run)
     _check_processes(run, trainer)
     micro_batches = trainer.world_size * trainer.accumulate_grad_batches
     if recipe.data.batch_size % micro_batches:
@@ -130,3 +133,20 @@ def _require_memory(run: ResolvedRun, trainer: Trainer) -> None:
             f"{needed / 2**30:,.0f} GiB, and this machine has {present / 2**30:,.0f} GiB; lower "
             f"model.engram.rows_per_head or model.ffn.experts{elsewhere}."
         )
+
+
+def _require_disk(run: ResolvedRun) -> None:
+    """Refuse a table's file that its folder has no room for, or a folder that cannot be one."""
+    memory, engram = run.recipe.memory, run.network.engram
+    if memory.tier != "disk" or engram is None:
+        return
+    folder = Path(memory.directory or run_directory(run.recipe, run.identity))
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(
+            f"memory.directory is '{memory.directory}', but '{there}' is no folder; choose another "
+            "memory.directory."
+        )
+    if not (folder / f"{run.identity}.table").exists():  # else it has its room
+        needed = run.allocation.slots * record_layout(memory, engram, run.recipe.optimizer).record_bytes
+        require_disk(needed, there, "choose another memory.directory, or lower model.engram.rows_per_head")

@@ -20,18 +20,13 @@ from engram_lab import tracking
 from engram_lab.errors import UserError
 from engram_lab.files import write_atomically
 from engram_lab.processes import process_rank
-from engram_lab.recipe import Recipe, ResolvedRun, resolve
+from engram_lab.recipe import Recipe, ResolvedRun, resolve, run_directory
 from engram_lab.text import TokenCorpus, prepare
 from engram_lab.training.callbacks import Interrupted, Progress, StopRequest
 from engram_lab.training.fit import RunResult, fit
 from engram_lab.training.module import Diverged
 from engram_lab.training.preflight import preflight
 from engram_lab.training.together import following, leading
-
-
-def run_directory(recipe: Recipe, identity: str) -> Path:
-    """Where the run of that identity lives."""
-    return Path(recipe.tracking.directory) / "runs" / identity
 
 
 def columns(run: ResolvedRun, extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.saved_rows import INDEX, SavedRows
 from engram_lab.model import hashing
 from engram_lab.model.checkpoint import load
-from engram_lab.recipe import Recipe, resolve
+from engram_lab.recipe import Recipe, resolve, run_directory
 from engram_lab.text import prepare
 from engram_lab.training import preflight
 from engram_lab.training.callbacks import StopRequest
 from engram_lab.training.rows import TableRows
-from engram_lab.training.run import run_directory, train
+from engram_lab.training.run import train
 
 
 def recipe(tiny: dict[str, Any], folder: Path, memory: dict[str, Any], **overrides: Any) -> Recipe:

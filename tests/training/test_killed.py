@@ -13,9 +13,9 @@ import pytest
 import yaml
 from whole_runs import curves, moved, start, status, to_the_end
 
-from engram_lab.recipe import Recipe, resolve
+from engram_lab.recipe import Recipe, resolve, run_directory
 from engram_lab.text import prepare
-from engram_lab.training.run import read_result, run_directory
+from engram_lab.training.run import read_result
 
 KILL, ASK = signal.SIGKILL, signal.SIGTERM
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from whole_runs import curves, moved, start, status
 
 from engram_lab.errors import UserError
-from engram_lab.recipe import Recipe, resolve
+from engram_lab.recipe import Recipe, resolve, run_directory
 from engram_lab.text import prepare
 from engram_lab.training.callbacks import Progress, StopRequest
 from engram_lab.training.fit import RunResult
 from engram_lab.training.module import Diverged, EngramModule
-from engram_lab.training.run import _claimed, columns, read_result, run_directory, train
+from engram_lab.training.run import _claimed, columns, read_result, train
 
 
 @pytest.fixture

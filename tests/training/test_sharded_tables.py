@@ -20,9 +20,9 @@ from mlflow.tracking import MlflowClient
 
 from engram_lab.errors import UserError
 from engram_lab.model.checkpoint import load
-from engram_lab.recipe import Recipe, resolve
+from engram_lab.recipe import Recipe, resolve, run_directory
 from engram_lab.text import prepare
-from engram_lab.training.run import read_result, run_directory, train
+from engram_lab.training.run import read_result, train
 
 SHARDED: dict[str, Any] = {"tier": "sharded"}
 RESIDENT: dict[str, Any] = {"unique_rows": True}

@@ -172,8 +172,21 @@ def test_what_a_tier_cannot_do_is_said_before_the_run(tiny: dict[str, Any], tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_a_disk_that_cannot_take_the_table_is_told_before_the_run(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("no folder")
     blocked = recipe(tiny, tmp_path, {**DISK, "directory": str(tmp_path / "file" / "tables")})
-    with pytest.raises(UserError, match=r"table's file .* cannot be made.*choose another memory\.directory"):
+    says = (
+        r"memory\.directory is '.*/file/tables', but '.*/file' is no folder; choose another memory\.directory"
+    )
+    with pytest.raises(UserError, match=says):
         train(blocked, progress_bar=False)
+    huge = {"model.engram.rows_per_head": 10**10, "budget.rho": None}
+    for memory in (DISK, {**DISK, "directory": str(tmp_path / "tables")}):
+        with pytest.raises(
+            UserError, match=r"needs .* GiB, but .* GiB free; choose another memory\.directory"
+        ):
+            train(recipe(tiny, tmp_path, memory, **huge), progress_bar=False)
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "tables").exists()
