@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from engram_lab.arguments import OverridesParser, whole
@@ -113,7 +114,7 @@ def _study(recipe: Recipe, reports: Path) -> int:
         result = run_study(recipe, reports=reports, show=display.show, say=display.say)
     failed = [cell for cell in result.cells if cell.state == "failed"]
     for cell in failed:
-        console.print(f"failed: {cell.label}: {cell.reason}", highlight=False)
+        console.print(f"failed: {cell.label}: {cell.reason}", highlight=False, markup=False)
     if result.report is None:
         print("error: no cell finished, so there is nothing to report.", file=sys.stderr)
         return 1
@@ -231,7 +232,7 @@ def status(name: str, directory: Path) -> None:
     counts, queued = queue.counts(), set()
     for cell in queue.states():
         loss = "" if cell.loss is None else f"{cell.loss:.4f}"
-        table.add_row(cell.label, cell.state, loss, cell.identity, cell.reason)
+        table.add_row(cell.label, cell.state, loss, cell.identity, escape(cell.reason))
         queued.add(cell.label)
     for added in read_extension(queue.directory):
         label = f"rho {added.rho:g} seed {added.seed}"
@@ -262,6 +263,7 @@ def list_runs(directory: Path) -> None:
     for run in found:
         saved = run.loss is None and run.saved_step is not None
         state = f"{run.state}, saved at step {run.saved_step}" if saved else run.state
+        state += f": {escape(run.reason)}" if run.reason else ""
         loss = "" if run.loss is None else f"{run.loss:.4f}"
         table.add_row(run.identity, run.name, run.cell, state, loss)
     _print_lines(table)

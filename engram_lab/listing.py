@@ -36,6 +36,8 @@ class ListedRun:
     """Final validation loss in nats a token; None while the run is unfinished."""
     state: State
     """`running` is what a process of this machine trains right now."""
+    reason: str
+    """Why it failed, as far as the store knows."""
     saved_step: int | None
     """Step of the checkpoint that an unfinished run goes on from."""
 
@@ -55,7 +57,7 @@ def runs(directory: Path) -> list[ListedRun]:
 
 
 def _listed(
-    file: Path, labels: Callable[[str], dict[str, str]], failed: Callable[[str, str], set[str]]
+    file: Path, labels: Callable[[str], dict[str, str]], failed: Callable[[str, str], dict[str, str]]
 ) -> ListedRun:
     recipe = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     result, steps = file.with_name("result.json"), file.parent.glob("checkpoints/step=*.ckpt")
@@ -63,18 +65,20 @@ def _listed(
     alone = ("" if rho is None else f"rho {rho:g} ") + f"seed {recipe['seed']}"
     loss = json.loads(result.read_text())["loss"] if result.exists() else None
     state: State = "unfinished"
+    reason = ""
     if loss is not None:
         state = "finished"
     elif _held(file.with_name("lock")):
         state = "running"
-    elif identity in failed(recipe["tracking"]["uri"], recipe["name"]):
-        state = "failed"
+    elif (known := failed(recipe["tracking"]["uri"], recipe["name"]).get(identity)) is not None:
+        state, reason = "failed", known
     return ListedRun(
         identity=identity,
         name=recipe["name"],
         cell=labels(recipe["name"]).get(identity, alone),
         loss=loss,
         state=state,
+        reason=reason,
         saved_step=max((int(step.stem.split("=")[1]) for step in steps), default=None),
     )
 
@@ -100,22 +104,23 @@ def _held(lock: Path) -> bool:
         return False
 
 
-def _failed(uri: str, experiment: str) -> set[str]:
-    """Identities of the experiment's runs that the store calls failed; none where no store answers."""
+def _failed(uri: str, experiment: str) -> dict[str, str]:
+    """Why the experiment's runs failed that the store calls so, by identity; none where no store answers."""
     from engram_lab.tracking import names
     from engram_lab.tracking.client import client, database_path, one_sentence, resolve
 
     try:
         uri = resolve(uri)
         if (path := database_path(uri)) is not None and not (path.exists() and path.stat().st_size):
-            return set()  # MLflow would make one
+            return {}  # MLflow would make one
         with one_sentence(uri):
             found = client(uri).get_experiment_by_name(experiment)
             if found is None:
-                return set()
+                return {}
             runs = client(uri).search_runs(
                 [found.experiment_id], "attributes.status = 'FAILED'", max_results=MOST_RUNS
             )
     except UserError:  # the folders are worth listing without it
-        return set()
-    return {run.data.tags.get(names.IDENTITY, "") for run in runs}
+        return {}
+    tags = [run.data.tags for run in runs]
+    return {known.get(names.IDENTITY, ""): known.get(names.REASON, "") for known in tags}

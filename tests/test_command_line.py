@@ -287,24 +287,29 @@ def test_cells_are_listed_as_their_study_names_them_and_a_trained_one_as_running
     assert "tiny  table 2048 seed 1  running" in listed[1]
 
 
-def test_a_run_that_failed_before_its_first_step_is_listed_as_failed(
+def test_a_run_that_failed_before_its_first_step_is_listed_with_the_reason(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
-        raise UserError("no room for the tables.")
+        raise UserError("no room for [the] tables.")
 
     monkeypatch.setattr("engram_lab.training.run.fit", broken)
     assert main(["run", str(file)]) == 2
     capsys.readouterr()
     assert main(["runs"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[-1] == "failed"
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[1]
+        .rstrip()
+        .endswith("failed: UserError: no room for [the] tables.")
+    )
 
 
 @pytest.mark.parametrize("content", [b"no database", b""])
 def test_a_damaged_store_tells_of_no_failures_and_stays_as_it_is(tmp_path: Path, content: bytes) -> None:
     store = tmp_path / "broken.db"
     store.write_bytes(content)
-    assert _failed(f"sqlite:///{store}", "tiny") == set()
+    assert _failed(f"sqlite:///{store}", "tiny") == {}
     assert store.read_bytes() == content
 
 
