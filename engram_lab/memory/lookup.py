@@ -33,11 +33,11 @@ except ImportError:  # triton comes with torch's builds for CUDA only
 
 FEW_ROWS = 32_768
 """Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
-two crossed between 16,384 and 65,536 rows (benchmarks/results/serving.md, run 1; the kernel has used fewer
-processors since then)."""
+two crossed between 16,384 and 65,536 rows (benchmarks/results/serving.md, run 1; since then the kernel uses
+fewer processors, and two threads gather where sixteen did)."""
 THREADS = 2
 """Look-ups that threads work on at once: one is read while another finds its rows. Each is read by several
-threads already; more at once only take the interpreter from the thread that launches the network."""
+threads already. That more would compete with the launches for the interpreter is a reading, not measured."""
 DISK_THREADS = AT_ONCE + 1
 """The same for a disk. With as many as may read, two that began together would also end together, and the
 disk wait for both to find their next."""

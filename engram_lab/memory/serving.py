@@ -29,7 +29,8 @@ from engram_lab.memory.stores import DeviceStore, RowStore, fill
 FILLED = "filled"
 GATHERERS = 2
 """Threads that gather rows from the host's memory, unless told. Look-ups begin ahead of where they are
-needed, and take milliseconds; more threads keep the interpreter from the one that launches the network."""
+needed, and take milliseconds. That more threads would compete with the launches for the interpreter is a
+reading, not measured."""
 Weights = Callable[[int, int], Tensor]
 """Gives rows first, ..., first + count - 1 [count, U] on the CPU; called from several threads at once."""
 
