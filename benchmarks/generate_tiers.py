@@ -9,7 +9,8 @@ drawn by Zipf's law. Prompts are different in every turn and the same on every t
 times, medians with 95 % bootstrap intervals; the first turn of a file is `cold` and not among them.
 
 `alike` says how many continuations are the same as the resident table's: all on a CPU. A GPU's decoding
-steps do not repeat themselves to the last bit, so there two resident runs are compared, too.
+steps do not repeat themselves to the last bit (docs/inspect.md), so there two resident runs are compared,
+too. `--plain-attention` takes the attention that does repeat itself.
 `--rehearse` runs everything in seconds on a CPU, at toy sizes.
 """
 
@@ -20,12 +21,14 @@ import json
 import platform
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tier_step import networks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engram_lab.files import write_atomically
 from engram_lab.memory.config import MemoryConfig
@@ -73,7 +76,8 @@ def timed(network: Transformer, prompts: Prompts, options: argparse.Namespace) -
     """Return the seconds of continuing the prompts, and the continuations."""
     began = time.perf_counter()
     sampling = Sampling(temperature=options.temperature, seed=len(prompts[0]))
-    found = generate(network, prompts, options.new, sampling, options.batch)
+    with sdpa_kernel(SDPBackend.MATH) if options.plain_attention else nullcontext():
+        found = generate(network, prompts, options.new, sampling, options.batch)
     return time.perf_counter() - began, found
 
 
@@ -95,6 +99,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=256)
     parser.add_argument("--new", type=int, default=64, help="tokens to draw per sequence, at most")
     parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--plain-attention", action="store_true", help="by products, which repeat themselves")
     parser.add_argument("--turns", type=int, default=10, help="the cold one included")
     parser.add_argument("--seconds", type=float, default=120, help="after which no turn is begun")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, on a CPU, in seconds")

@@ -37,7 +37,7 @@ two crossed between 16,384 and 65,536 rows (benchmarks/results/serving.md, run 1
 fewer processors, and two threads gather where sixteen did)."""
 THREADS = 2
 """Look-ups that threads work on at once: one is read while another finds its rows. Each is read by several
-threads already. That more would compete with the launches for the interpreter is a reading, not measured."""
+threads already, and more might compete with the launches for the interpreter."""
 DISK_THREADS = AT_ONCE + 1
 """The same for a disk. With as many as may read, two that began together would also end together, and the
 disk wait for both to find their next."""
