@@ -29,8 +29,8 @@ from engram_lab.memory.stores import DeviceStore, RowStore, fill
 FILLED = "filled"
 GATHERERS = 2
 """Threads that gather rows from the host's memory, unless told. Look-ups begin ahead of where they are
-needed, and take milliseconds. Sixteen threads and three look-ups at once cost a server 0.8 % of its prefill; two
-and two, most of them begun later, nothing to be seen (benchmarks/results/serving.md, runs 5 and 6)."""
+needed, and take milliseconds. Sixteen threads and three look-ups at once cost a server 0.8 % of its prefill;
+two and two, most of them begun later, nothing to be seen (benchmarks/results/serving.md, runs 5 and 6)."""
 Weights = Callable[[int, int], Tensor]
 """Gives rows first, ..., first + count - 1 [count, U] on the CPU; called from several threads at once."""
 
