@@ -64,6 +64,21 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         ("--text.source=nothing.txt", "nothing.txt"),
         ("--trainer.accelerator=tpu", "accelerator"),
         ("--trainer.max_steps=3", "data.tokens"),
+        (
+            "--trainer.devices=0",
+            "trainer.devices is 0; it must be auto or a number above 0. Did you mean 1?",
+        ),
+        ("--trainer.devices=-2", "trainer.devices is -2; it must be auto or a number above 0."),
+        (
+            "--trainer.devices=[0,3]",
+            "trainer.devices is [0, 3]; it must be auto or a number above 0. Did you mean 2?",
+        ),
+        ("--trainer.devices=atuo", "Did you mean 'auto'?"),
+        ("--trainer.strategy=dpp", "trainer.strategy is 'dpp'; it must be one of auto, ddp, "),
+        (
+            "--trainer.strategy=fspd",
+            "a variant like ddp_spawn, or a class as {class_path: ...}. Did you mean 'fsdp'?",
+        ),
         ("--tracking.uri=mlruns", "tracking uri is 'mlruns'"),
         ("--model.d_model=wide", "model.d_model is 'wide'; it must be an integer."),
         ("--model.engram.gate=nune", "'plain', 'none'. Did you mean 'none'?"),

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import StrategyRegistry
 
 from engram_lab.errors import UserError, nearest
 from engram_lab.launcher import refuse_lone_processes
@@ -70,8 +71,8 @@ def build_trainer(
         progress_bar: what shows how far the run is, unless `settings` have such a callback; or None.
 
     Raises:
-        UserError: a setting that follows from another field, devices that do not exist, a precision that
-            training has not, or processes started by a launcher that would each train alone.
+        UserError: a setting that follows from another field, devices or a strategy that do not exist, a
+            precision that training has not, or processes started by a launcher that would each train alone.
     """
     for name, value in settings.items():
         if name in DERIVED and value is not None:
@@ -81,6 +82,8 @@ def build_trainer(
     parsed = parser.instantiate(parser.parse_object({"trainer": given})).trainer
     # Only what was given: the launcher's PL_TRAINER_* variables are defaults for the rest.
     values = {name: parsed[name] for name in given}
+    _check_strategy(values.get("strategy"))
+    _check_devices(values.get("devices"), on_cpu=values.get("accelerator") == "cpu")
     accumulated = values.get("accumulate_grad_batches", 1)
     if "precision" not in values and "PL_TRAINER_PRECISION" not in os.environ:
         accelerator = values.get("accelerator", os.environ.get("PL_TRAINER_ACCELERATOR", "auto"))
@@ -105,7 +108,7 @@ def build_trainer(
     }
     try:
         trainer = Trainer(**values)
-    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError, ImportError) as error:
         asked = {
             k: settings[k] for k in ("accelerator", "devices", "strategy", "num_nodes") if settings.get(k)
         }
@@ -122,6 +125,38 @@ def build_trainer(
         )
     refuse_lone_processes(trainer.world_size)
     return trainer
+
+
+def _check_strategy(name: Any) -> None:
+    """Refuse a name that Lightning does not know; a class is for the parser to judge."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if not isinstance(name, str) or name.lower() in known:
+        return
+    # Of ddp, ddp_spawn, ddp_fork, ... the first says enough.
+    families = [one for one in known if not any(one.startswith(f"{other}_") for other in known)]
+    raise UserError(
+        f"trainer.strategy is {name!r}; it must be one of {', '.join(families)}, a variant like ddp_spawn, "
+        "or a class as {class_path: ...}." + nearest(name.lower(), known)
+    )
+
+
+def _check_devices(devices: Any, *, on_cpu: bool) -> None:
+    """Refuse what is no number of devices; of GPUs also a list of their numbers, or -1, is one."""
+    listed = isinstance(devices, list) or "," in str(devices)
+    numbers = devices if isinstance(devices, list) else [n for n in str(devices).split(",") if n]
+    if numbers and all(str(number).strip().isdecimal() for number in numbers):
+        right = not on_cpu if listed else int(numbers[0]) > 0
+    else:
+        right = devices in (None, "auto") or (str(devices) == "-1" and not on_cpu)
+    if right:
+        return
+    allowed = (
+        "auto or a number above 0" if on_cpu else "auto, a number above 0, -1 for all, or a list like [0, 3]"
+    )
+    raise UserError(
+        f"trainer.devices is {devices}; it must be {allowed}."
+        + (nearest(str(devices), ["auto"]) or f" Did you mean {max(1, len(numbers))}?")
+    )
 
 
 @contextlib.contextmanager
