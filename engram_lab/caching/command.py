@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ from engram_lab.wording import duration
 from scaling.report.html import to_html
 from scaling.report.numbers import short
 
-STEM = "cache-curve"
+STEM, FIGURES = "cache-curve", "figures"
 ABOVE_SEEN = (
     "Seen before: n-grams of the second half that occur in the first. Hit rates may lie above it: n-grams "
     "share rows by hash, and the cache kept by recency goes on learning."
@@ -63,6 +65,7 @@ def cache_curve(options: Options, config: CacheConfig, speeds: Speeds) -> None:
             f"--tokens is {options.tokens}, but must be at least {least} where --sequences is "
             f"{config.sequences}."
         )
+    _check_writable(options.out)
     console = Console(highlight=False)
     text = _text(options)
     study = study_caches(", ".join(options.corpus), text, config, speeds, _Progress(console))
@@ -128,6 +131,20 @@ def _refuse_run(name: str) -> None:
         )
 
 
+def _check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be written into before minutes are spent on what it would hold."""
+    for folder in (out, out / FIGURES):
+        there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"--out is {str(out)!r}, but {str(there)!r} takes no new files: {error.strerror}; choose "
+                "another folder."
+            ) from error
+
+
 def _write(study: CacheStudy, out: Path) -> None:
     page = build(study)
     table = io.StringIO()
@@ -138,7 +155,7 @@ def _write(study: CacheStudy, out: Path) -> None:
         f"{STEM}.json": json.dumps(to_plain(study), indent=1, allow_nan=False) + "\n",
         f"{STEM}.csv": table.getvalue(),
         f"{STEM}.html": to_html(page),
-        **{f"figures/{picture.name}.svg": picture.svg for picture in page.pictures()},
+        **{f"{FIGURES}/{picture.name}.svg": picture.svg for picture in page.pictures()},
     }
     for name, content in files.items():
         try:

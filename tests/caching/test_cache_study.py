@@ -37,6 +37,38 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("out", "there", "reason"),
+    [
+        ("file", "file", "Not a directory"),
+        ("file/below", "{here}/file", "Not a directory"),
+        ("nowhere", "nowhere", "No such file or directory"),
+        ("taken", "taken/figures", "Not a directory"),
+        ("/proc/below", "/proc", ""),  # takes no files, not even root's
+    ],
+    ids=["file", "below file", "broken link", "figures", "closed"],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    out: str,
+    there: str,
+    reason: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").mkdir()
+    for file in ("file", "taken/figures"):
+        Path(file).touch()
+    Path("nowhere").symlink_to("gone")
+    monkeypatch.setattr(command, "_text", lambda _: pytest.fail("the text was read"))
+    assert main(["cache-curve", "text.txt", "--out", out]) == 2
+    place = there.format(here=Path.cwd())
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --out is {out!r}, but {place!r} takes no new files: {reason}")
+    assert error.endswith("; choose another folder.\n")
+
+
 def test_the_files_say_the_same(written: Path) -> None:
     out = written / "out"
     study = json.loads((out / "cache-curve.json").read_text())
