@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     study = commands.add_parser("study", help="look at a study, or extend it").add_subparsers(
         required=True, metavar="COMMAND"
     )
-    status = study.add_parser("status", help="which cells are finished, running, waiting, failed")
+    status = study.add_parser(
+        "status", help="which cells are finished, running, interrupted, waiting, failed"
+    )
     status.add_argument("study")
     status.add_argument("--directory", type=Path, default=Path("mlruns"), help="default: mlruns")
     status.set_defaults(call=_status)

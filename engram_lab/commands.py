@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -223,16 +224,23 @@ def _stored_recipe(name: str, directory: Path) -> Recipe:
 
 
 def status(name: str, directory: Path) -> None:
-    """Print every cell of a study and its state."""
+    """Print every cell of a study and its state; `interrupted` is what waits, but has been begun."""
+    from engram_lab.listing import saved_step
     from engram_lab.studies.extension import read_extension, study_directory
     from engram_lab.studies.queue import StudyQueue
 
-    queue = StudyQueue(study_directory(_stored_recipe(name, directory)), name)
+    recipe = _stored_recipe(name, directory)
+    queue = StudyQueue(study_directory(recipe), name)
     table = Table(Column("cell", no_wrap=True), "state", "loss", "run", "reason", box=None)
-    counts, queued = queue.counts(), set()
+    counts: Counter[str] = Counter()
+    queued = set()
     for cell in queue.states():
         loss = "" if cell.loss is None else f"{cell.loss:.4f}"
-        table.add_row(cell.label, cell.state, loss, cell.identity, escape(cell.reason))
+        step = saved_step(run_directory(recipe, cell.identity)) if cell.state == "waiting" else None
+        state = cell.state if step is None else "interrupted"
+        reason = cell.reason if step is None else f"saved at step {step}"
+        table.add_row(cell.label, state, loss, cell.identity, escape(reason))
+        counts[state] += 1
         queued.add(cell.label)
     for added in read_extension(queue.directory):
         label = f"rho {added.rho:g} seed {added.seed}"

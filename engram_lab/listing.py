@@ -60,7 +60,7 @@ def _listed(
     file: Path, labels: Callable[[str], dict[str, str]], failed: Callable[[str, str], dict[str, str]]
 ) -> ListedRun:
     recipe = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    result, steps = file.with_name("result.json"), file.parent.glob("checkpoints/step=*.ckpt")
+    result = file.with_name("result.json")
     rho, identity = recipe["budget"]["rho"], file.parent.name
     alone = ("" if rho is None else f"rho {rho:g} ") + f"seed {recipe['seed']}"
     loss = json.loads(result.read_text())["loss"] if result.exists() else None
@@ -79,8 +79,13 @@ def _listed(
         loss=loss,
         state=state,
         reason=reason,
-        saved_step=max((int(step.stem.split("=")[1]) for step in steps), default=None),
+        saved_step=saved_step(file.parent),
     )
+
+
+def saved_step(run: Path) -> int | None:
+    """Step of the checkpoint that the run in this folder goes on from, or None."""
+    return max((int(step.stem.split("=")[1]) for step in run.glob("checkpoints/step=*.ckpt")), default=None)
 
 
 def _labels(job: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from engram_lab.cli import main
 from engram_lab.errors import UserError
 from engram_lab.listing import _failed
 from engram_lab.recipe import Recipe
+from engram_lab.studies.queue import QueuedCell, StudyQueue
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -300,6 +301,41 @@ def test_cells_are_listed_as_their_study_names_them_and_a_trained_one_as_running
     listed = sorted(capsys.readouterr().out.splitlines()[1:])
     assert "tiny  table 0 seed 1     unfinished" in listed[0]
     assert "tiny  table 2048 seed 1  running" in listed[1]
+
+
+def test_cells_that_were_begun_and_stopped_are_listed_as_interrupted(
+    tiny: dict[str, Any], in_tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether their worker gave them back or was killed."""
+    folder = Path("mlruns/studies/small")
+    folder.mkdir(parents=True)
+    study = {**tiny, "kind": "study", "name": "small", "budget": {}, "study": {"rho": [0, 0.5, 1]}}
+    study["tracking"] = {"directory": "mlruns"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(study))
+    queue = StudyQueue(folder, "small")
+    cells = {"stopped": 12, "killed": 9, "running": 9, "early": None, "new": None}
+    place = {"rho": 0.5, "rows_per_head": 0, "seed": 0, "budget": 0, "control": 0}
+    queue.enqueue(QueuedCell(identity=f"id-{name}", label=name, place=place) for name in cells)
+    lost, worker = queue.new_worker(), queue.new_worker()
+    claims = [queue.claim(lost if name == "killed" else worker) for name in ("stopped", "killed", "running")]
+    assert claims[0] is not None
+    queue.give_back(claims[0][0])
+    lost.release()
+    for name, step in cells.items():
+        checkpoints = Path(f"mlruns/runs/id-{name}/checkpoints")
+        checkpoints.mkdir(parents=True)
+        if step is not None:
+            (checkpoints / f"step={step}.ckpt").touch()
+    assert main(["study", "status", "small"]) == 0
+    *lines, total = (line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert lines == [
+        ["stopped", "interrupted", "id-stopped", "saved", "at", "step", "12"],
+        ["killed", "interrupted", "id-killed", "saved", "at", "step", "9"],
+        ["running", "running", "id-running"],
+        ["early", "waiting", "id-early"],
+        ["new", "waiting", "id-new"],
+    ]
+    assert " ".join(total) == "2 interrupted, 1 running, 2 waiting"
 
 
 def test_a_run_that_failed_before_its_first_step_is_listed_with_the_reason(

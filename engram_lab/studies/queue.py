@@ -126,18 +126,12 @@ class StudyQueue:
             self._wait_again(number)
 
     def states(self) -> list[CellState]:
-        """Every cell once, in the order they were first queued."""
-        names: dict[TrialState, State] = {
-            TrialState.WAITING: "waiting",
-            TrialState.RUNNING: "running",
-            TrialState.COMPLETE: "finished",
-            TrialState.FAIL: "failed",
-        }
+        """Every cell once, in the order they were first queued; what a dead worker left running waits."""
         return [
             CellState(
                 identity=identity,
                 label=trial.user_attrs["label"],
-                state=names[trial.state],
+                state=self._state(trial),
                 reason=trial.user_attrs.get("reason", "") if trial.state == TrialState.FAIL else "",
                 loss=trial.value if trial.state == TrialState.COMPLETE else None,
             )
@@ -175,6 +169,17 @@ class StudyQueue:
                 continue
             self._annotate(trial.number, attempts=attempts + 1)
             self._wait_again(trial.number)
+
+    def _state(self, trial: FrozenTrial) -> State:
+        names: dict[TrialState, State] = {
+            TrialState.WAITING: "waiting",
+            TrialState.RUNNING: "running",
+            TrialState.COMPLETE: "finished",
+            TrialState.FAIL: "failed",
+        }
+        worker = trial.user_attrs.get("worker")  # none in the instant between claim and signature
+        left = trial.state == TrialState.RUNNING and worker is not None and not self._alive(worker)
+        return "waiting" if left else names[trial.state]
 
     def _alive(self, worker: str) -> bool:
         try:
