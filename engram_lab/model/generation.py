@@ -28,6 +28,9 @@ IN_TURN = 2
 IN_TURN_BY_THREADS = 8
 """Batches that take turns where threads read rows. A disk pauses now and then for several steps; rows asked
 for seven steps before they are needed come in time all the same (benchmarks/results/serving.md)."""
+COLDEST = 1e-30
+"""The least temperature that logits are divided by: below it float32 would not hold the quotients, and the
+likeliest token has had all the probability for long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class Sampling:
     """How the next token is drawn from the network's distribution."""
 
     temperature: float = 1.0
-    """Logits are divided by it; 0 always takes the likeliest token."""
+    """Logits are divided by it; 0, and whatever is below 1e-30, always takes the likeliest token."""
     top_k: int | None = None
     """Draw among this many likeliest tokens only."""
     top_p: float | None = None
@@ -54,7 +57,7 @@ class Sampling:
             )
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """Return the probabilities [B, V] that tokens are drawn from, at a temperature above 0."""
+        """Return the probabilities [B, V] that tokens are drawn from, at a temperature from `COLDEST` on."""
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             places = logits.topk(self.top_k, dim=-1).indices
@@ -70,7 +73,7 @@ class Sampling:
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """Return one token id for each row of logits [B, V]."""
-        if self.temperature == 0:
+        if self.temperature < COLDEST:
             return logits.argmax(dim=-1)
         return torch.multinomial(self.distribution(logits), 1, generator=generator).squeeze(1)
 

@@ -253,6 +253,16 @@ def test_draws_follow_the_distribution():
     torch.testing.assert_close(share, sampling.distribution(logits[:1])[0], atol=0.015, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-39, 1e-45, 1e-320])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 4, "top_p": 0.5}], ids=["all", "limited"])
+def test_a_tiny_temperature_is_greedy(temperature, limits):
+    """Also where float32 holds neither it nor what it makes of the logits."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(50, 9, generator=generator)
+    drawn = Sampling(temperature=temperature, **limits).draw(logits, generator)
+    assert torch.equal(drawn, logits.argmax(dim=-1))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
