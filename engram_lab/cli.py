@@ -22,7 +22,10 @@ MOST_ROWS = 2**31 - 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `engram-lab`; returns the exit status: 2 for a user's mistake, 130 when interrupted."""
+    """Entry point of `engram-lab`; returns the exit status.
+
+    That is 2 for a user's mistake, 130 after Ctrl-C and 143 after SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["run"] and len(arguments) > 1 and arguments[1] not in ("-h", "--help"):
@@ -41,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        from engram_lab.tracking.signals import stopped_by
+
         print("\ninterrupted; the same command continues where this stopped", file=sys.stderr)
-        return 130
+        return 128 + stopped_by(stop)
     except BrokenPipeError:
         sys.stderr.close()
         return 1

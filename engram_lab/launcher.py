@@ -48,7 +48,8 @@ overrides: for YAML, --field.name=value of any field (lightning run RECIPE --hel
   as a launcher option. A script sees the options as defaults of Trainer() and Fabric(): an
   argument written out in the script wins.
 
-exit status: that of the recipe; 2 for a mistake in what was asked, 130 after Ctrl-C.
+exit status: that of the recipe; 2 for a mistake in what was asked, 130 after Ctrl-C,
+  143 after SIGTERM.
 engram-lab run RECIPE is the same command under a name that nothing else uses.
 """
 
@@ -78,9 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        from engram_lab.tracking.signals import stopped_by
+
         print("interrupted; the same command continues where this stopped", file=sys.stderr)
-        return 130
+        return 128 + stopped_by(stop)
 
 
 def launch(arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -503,9 +504,10 @@ def test_lightning_run_trains_from_another_directory(file: Path, in_tmp_path: Pa
     assert list((in_tmp_path / "mlruns" / "runs").glob("*/model/model.safetensors"))
 
 
-def test_interrupted_commands_end_with_130(file: Path, in_tmp_path: Path) -> None:
-    import signal
-
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_commands_end_with_the_signals_status(
+    file: Path, in_tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "engram_lab.cli", "run", str(file), "--data.tokens=12800"],
         stderr=subprocess.PIPE,
@@ -515,8 +517,8 @@ def test_interrupted_commands_end_with_130(file: Path, in_tmp_path: Path) -> Non
     runs = in_tmp_path / "mlruns" / "runs"
     while process.poll() is None and not list(runs.glob("*/checkpoints/*.ckpt")):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == status, errors
     assert "Traceback" not in errors
     assert "continues where this stopped" in errors

@@ -13,7 +13,7 @@ from engram_lab.tracking import names
 from engram_lab.tracking.client import client, one_sentence
 from engram_lab.tracking.owner import owner, owner_alive
 from engram_lab.tracking.record import RunRecord, tag_text, write_tags
-from engram_lab.tracking.signals import Terminated, raise_on_sigterm
+from engram_lab.tracking.signals import Terminated, raise_on_sigterm, stopped_by
 from engram_lab.tracking.store import experiment_id, initialise_store, store_lock
 from engram_lab.tracking.version import code_version, machine
 
@@ -140,7 +140,7 @@ def _mark(record: RunRecord, error: BaseException) -> None:
         record.interrupt("terminated (SIGTERM)")
     # Lightning turns Ctrl-C into SystemExit(1) while it handles the KeyboardInterrupt.
     elif isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-        record.interrupt("interrupted (SIGINT)")
+        record.interrupt(f"interrupted ({stopped_by(error).name})")
     elif isinstance(error, SystemExit) and error.code in (None, 0):
         record.finish()
     else:

@@ -1,4 +1,4 @@
-"""SIGTERM as an exception, so that clean-up runs."""
+"""SIGTERM as an exception, so that clean-up runs, and which signal an interruption stands for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ class Terminated(SystemExit):
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
+
+
+def stopped_by(error: BaseException) -> signal.Signals:
+    """Return the signal that an interruption stands for: SIGTERM where its reason says so, else SIGINT.
+
+    A run that is asked to stop by either saves its place and ends with a KeyboardInterrupt whose message
+    names the signal, which another of its processes may have received.
+    """
+    return signal.SIGTERM if signal.SIGTERM.name in str(error) else signal.SIGINT
 
 
 @contextmanager

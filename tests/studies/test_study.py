@@ -16,6 +16,7 @@ import pytest
 import yaml
 from mlflow.tracking import MlflowClient
 
+from engram_lab.cli import main
 from engram_lab.studies.queue import StudyQueue
 from scaling.mlflow_reader import read_study
 
@@ -127,6 +128,31 @@ def test_killed_at_random_moments_and_interrupted_every_cell_counts_once(file: P
     assert len(runs) == CELLS == runs["run"].n_unique()
     assert set(runs["status"]) == {"finished"}
     assert parent_status(file) == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_study_that_sigterm_stops_has_saved_its_cells_and_says_so(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    process = subprocess.Popen(
+        command(file, "--data.tokens=1280000", "--data.repeat=true"),
+        cwd=file.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    runs = file.parent / "mlruns" / "runs"
+    while process.poll() is None and len({c.parent for c in runs.glob("*/checkpoints/*.ckpt")}) < 2:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert "continues where this stopped" in errors
+    assert parent_status(file) == "KILLED"
+    monkeypatch.chdir(file.parent)
+    assert main(["study", "status", "small"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("2 interrupted, ")
 
 
 @pytest.mark.slow

@@ -118,6 +118,7 @@ def test_a_deleted_run_is_not_continued(uri: str) -> None:
         (None, ("FINISHED", None)),
         (ValueError("bad\nnews"), ("FAILED", "ValueError: bad\nnews")),
         (KeyboardInterrupt(), ("KILLED", "interrupted (SIGINT)")),
+        (KeyboardInterrupt("SIGTERM"), ("KILLED", "interrupted (SIGTERM)")),
         (Terminated(), ("KILLED", "terminated (SIGTERM)")),
         (SystemExit(0), ("FINISHED", None)),
         (SystemExit(3), ("FAILED", "SystemExit: 3")),

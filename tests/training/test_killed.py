@@ -74,7 +74,7 @@ def test_killed_at_random_moments_it_ends_the_same(
         if number == KILL:
             assert status(recipe)[0] == "RUNNING"
         else:
-            assert process.returncode == 130, errors.decode()
+            assert process.returncode == 143, errors.decode()
             (saved,) = directory.glob("checkpoints/*.ckpt")
             assert status(recipe) == ("KILLED", f"stopped by SIGTERM at step {saved.stem.split('=')[1]}")
     to_the_end(recipe, tmp_path)
