@@ -19,7 +19,9 @@ from engram_lab.analysis.terminal import show
 from engram_lab.errors import UserError
 from engram_lab.memory.config import Tier
 from engram_lab.memory.hot_rows import HotRows, hottest
+from engram_lab.memory.room import GIB, available_memory
 from engram_lab.model.generation import Sampling, stream
+from engram_lab.model.transformer import Transformer
 from engram_lab.saved_model import SavedModel, open_saved
 from engram_lab.spelling import printable
 
@@ -67,6 +69,7 @@ def generate(
             file=sys.stderr,
         )
     prompt = saved.encode(text.rstrip(" "))
+    _require_room(saved.network, len(prompt), length)
     if (warning := _too_long(saved.folder, len(prompt), length)) is not None:
         print(warning, file=sys.stderr)
     drawn = (step[0] for step in stream(saved.network, [prompt], length, sampling))
@@ -85,6 +88,33 @@ def generate(
         return 130
     print(flush=True)
     return 0
+
+
+def _require_room(network: Transformer, given: int, new: int) -> None:
+    """Refuse `new` tokens where there is no memory for what every block keeps of each: keys and values."""
+    attention, d_model = network.config.attention, network.config.d_model
+    if attention.kind == "latent":
+        numbers = attention.latent_width(d_model) + attention.rope_width(d_model)
+    else:
+        numbers = 2 * attention.kv_heads * attention.head_width(d_model)
+    weight = network.embedding.weight
+    number_bytes = 2 if weight.is_cuda else weight.element_size()  # a GPU works in bfloat16
+    each = network.config.n_layers * numbers * number_bytes
+    available = _available(weight.device)
+    if (given + new) * each > available:
+        raise UserError(
+            f"--tokens is {new:,}, whose keys and values need {(given + new) * each / GIB:,.1f} GiB of "
+            f"memory, but {available / GIB:,.1f} GiB are available; ask for fewer than {available // each:,}."
+        )
+
+
+def _available(device: torch.device) -> int:
+    """Return the bytes that may still be taken where the network computes; elsewhere than on Linux, all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if sys.platform == "linux":
+        return available_memory()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _too_long(model: Path, given: int, new: int) -> str | None:

@@ -15,15 +15,19 @@ from engram_lab.model.initialise import initialise
 from engram_lab.model.transformer import Transformer
 from engram_lab.text.vocabulary import end_of_text_id, size_of, train_tokenizer, vocabulary_hash
 
+TWO_HEADS = AttentionConfig(n_heads=2)
 
-def save_run(directory: Path, *, memory: bool = True) -> tuple[Transformer, Tokenizer]:
+
+def save_run(
+    directory: Path, *, memory: bool = True, attention: AttentionConfig = TWO_HEADS
+) -> tuple[Transformer, Tokenizer]:
     """Write `directory`/model with network and tokenizer."""
     tokenizer = train_tokenizer(["the cat sat on the mat – 東京 🙂, the cat"] * 3, 300)
     config = ModelConfig(
         vocab_size=size_of(tokenizer),
         d_model=16,
         n_layers=2,
-        attention=AttentionConfig(n_heads=2),
+        attention=attention,
         ffn=FeedForwardConfig(experts=4, top_k=2, expert_hidden=8),
         engram=EngramConfig(layers=(1,), heads=2, row_dim=4, rows_per_head=31),
     )

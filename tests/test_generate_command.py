@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from engram_lab.cli import main
 from engram_lab.errors import UserError
+from engram_lab.model.attention import AttentionConfig
+from engram_lab.model.cache import Cache
 from engram_lab.model.generation import Sampling, generate
 from engram_lab.model_commands import HotRowsOption, keep_hot_rows
 from engram_lab.saved_model import SavedModel, open_saved
@@ -199,6 +201,34 @@ def test_a_wrong_option_is_one_sentence(run, capsys, options, sentence):
     assert (status, out) == (2, "")
     assert err.startswith(f"error: {sentence}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(n_heads=2),
+        AttentionConfig(n_heads=2, n_kv_heads=1),
+        AttentionConfig(kind="latent", n_heads=2, latent_dim=6),
+    ],
+    ids=["all heads", "one head", "latent"],
+)
+def test_tokens_that_no_memory_remembers_are_refused_before_it_is_reserved(
+    tmp_path, capsys, monkeypatch, attention
+):
+    """The limit is what a cache of so many tokens really holds."""
+    network, _ = save_run(tmp_path / "run", attention=attention)
+    ids = torch.tensor([[network.eos_id, 1, 2]])
+    cache = Cache.start(network.config.n_layers, torch.zeros(1, dtype=torch.int64), 3, network.eos_id)
+    network(ids, cache=cache)
+    kept = sum(tensor.nbytes for layer in cache.layers for tensor in layer.kept)
+    monkeypatch.setattr("engram_lab.model_commands.available_memory", lambda: kept)
+    arguments = [tmp_path / "run", "", "--device", "cpu", "--tokens"]
+    assert said(capsys, *arguments, 2)[0] == 0  # and one that begins the document
+    status, out, err = said(capsys, *arguments, 10**12)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: --tokens is 1,000,000,000,000, whose keys and values need ")
+    assert err.endswith("but 0.0 GiB are available; ask for fewer than 3.\n")
+    assert said(capsys, *arguments, 3)[0] == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
