@@ -148,7 +148,9 @@ def fit(
             finally:
                 seconds = before + time.perf_counter() - started
                 if trainer.is_global_zero:
-                    write_atomically(directory / "seconds", f"{seconds:.3f}\n")
+                    # On a full disk the clock stands still; why the run ends is what must be told.
+                    with contextlib.suppress(OSError):
+                        write_atomically(directory / "seconds", f"{seconds:.3f}\n")
         gather(module.net)
         assert module.evaluated is not None
         numbers = module.evaluated[1]
