@@ -24,7 +24,7 @@ from engram_lab.files import share_as_folder, write_atomically
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.room import require_disk
 from engram_lab.memory.row_copy import alone
-from engram_lab.memory.row_file import CHUNK, make_durable
+from engram_lab.memory.row_file import CHUNK
 from engram_lab.memory.saved_rows import FORMAT, INDEX, Part, Shard, checked, first_rows, key, stored_layout
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ def export_rows(
             "shards": [asdict(shard) for shard in shards],
         }
         write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")
-        make_durable(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from engram_lab.errors import UserError
+from engram_lab.files import PARTIAL
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.room import require_disk
 from engram_lab.memory.row_file import (
-    PARTIAL,
     RowFile,
     RowReader,
     chunk_rows,
@@ -231,7 +231,7 @@ class RowCheckpoints:
 
     def _delete_others(self, manifests: Sequence[Manifest]) -> None:
         listed = {file.name for file in _files(manifests)}
-        for pattern in (f"step=*{SUFFIX}", f".step=*{SUFFIX}{PARTIAL}"):
+        for pattern in (f"step=*{SUFFIX}", f".step=*{SUFFIX}.*{PARTIAL}"):
             for path in self.directory.glob(pattern):
                 if path.name not in listed:
                     path.unlink(missing_ok=True)

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from engram_lab.errors import UserError
+from engram_lab.files import written_aside
 from engram_lab.memory.layout import RecordLayout
 
 MAGIC, VERSION = b"ENGRROWS", 1
 CHUNK = 64 << 20
 """Bytes of records read or written at once, and under one CRC-32."""
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,35 +98,17 @@ def write(
     start = MAGIC + len(header).to_bytes(8, "little") + header
     numbers = ids.numpy().astype("<i8", copy=False)
     sums = [zlib.crc32(start), zlib.crc32(numbers.data)]
-    partial = path.with_name(f".{path.name}{PARTIAL}")
-    try:
-        with open(partial, "wb") as file:
-            file.write(start)
-            file.write(numbers.data)
-            for part in records:
-                data = part.numpy().reshape(-1).data
-                sums.append(zlib.crc32(data))
-                file.write(data)
-            end = np.array(sums, dtype="<u4").tobytes()
-            file.write(end + len(sums).to_bytes(8, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        os.replace(partial, path)
-        make_durable(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with written_aside(path) as file:
+        file.write(start)
+        file.write(numbers.data)
+        for part in records:
+            data = part.numpy().reshape(-1).data
+            sums.append(zlib.crc32(data))
+            file.write(data)
+        end = np.array(sums, dtype="<u4").tobytes()
+        file.write(end + len(sums).to_bytes(8, "little"))
+        size = file.tell()
     return RowFile(name=path.name, step=step, rows=len(ids), bytes=size, checksum=zlib.crc32(end))
-
-
-def make_durable(folder: Path) -> None:
-    """Make the names in `folder` survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class RowReader:

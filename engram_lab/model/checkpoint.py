@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engram_lab.errors import UserError
-from engram_lab.files import share_as_folder
+from engram_lab.files import make_durable, share_as_folder
 from engram_lab.memory.config import MemoryConfig
 from engram_lab.memory.export import remove_rows
 from engram_lab.memory.saved_rows import INDEX, DenseRows, GivenRows, SavedRows
@@ -121,7 +121,9 @@ def save(
         record = replace(record, address_digest=record.digest())
         (folder / f".{RECORD}.part").write_text(json.dumps(to_plain(record), indent=2) + "\n")
         for name in (WEIGHTS, RECORD):
+            make_durable(folder / f".{name}.part")  # checkpoints are removed once this is there
             os.replace(folder / f".{name}.part", folder / name)
+        make_durable(folder)
         if rows is None:
             remove_rows(folder)
     except OSError as error:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engram_lab.errors import UserError
+from engram_lab.files import make_durable
 
 _UNFINISHED = ".building-"
 
@@ -42,9 +43,9 @@ def build_once(entry: Path, build: Callable[[Path], None], waiting: Callable[[],
                 build(folder)
                 folder.chmod(0o755)
                 for path in [*folder.iterdir(), folder]:
-                    _to_disk(path)
+                    make_durable(path)
                 folder.rename(entry)
-                _to_disk(cache)
+                make_durable(cache)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -88,11 +89,3 @@ def _remove_unfinished(entry: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
             continue
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from engram_lab.errors import UserError
+from engram_lab.files import PARTIAL
 from engram_lab.training.callbacks import Interrupted, StopRequest
 
 REASON_BYTES = 64
@@ -119,7 +120,7 @@ class Checkpoints(Checkpoint):
                 f"{error.strerror or error}; mend that or make room; the checkpoint before is intact."
             ) from error
         if trainer.is_global_zero:
-            for file in self.directory.glob("*.ckpt"):
+            for file in (*self.directory.glob("*.ckpt"), *self.directory.glob(f".*.ckpt.*{PARTIAL}")):
                 if file != newest:
                     file.unlink()
         if self.committed is not None:

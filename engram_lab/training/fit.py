@@ -25,6 +25,7 @@ from engram_lab.training.callbacks import (
     StepLog,
     StopRequest,
 )
+from engram_lab.training.checkpoint_file import require_whole
 from engram_lab.training.checkpoints import Checkpoints
 from engram_lab.training.data import EngramDataModule
 from engram_lab.training.execution import gather
@@ -134,6 +135,8 @@ def fit(
             )
             try:
                 checkpoint = latest_checkpoint(directory)
+                if checkpoint is not None:
+                    require_whole(checkpoint)
                 try:
                     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
                 except RuntimeError as error:
@@ -181,7 +184,7 @@ def fit(
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The checkpoint with the most steps; all are whole, since they are written aside and renamed."""
+    """The checkpoint with the most steps; all were whole once they had their names (see `WholeFile`)."""
     files = list((directory / "checkpoints").glob("step=*.ckpt"))
     return max(files, key=lambda f: int(f.stem.split("=")[1]), default=None)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -20,6 +21,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from engram_lab.errors import UserError, nearest
 from engram_lab.launcher import refuse_lone_processes
+from engram_lab.training.checkpoint_file import WholeFile
 
 # Settings that follow from other fields of the recipe; the sentence says from which.
 DERIVED = {
@@ -90,6 +92,10 @@ def build_trainer(
         on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         values["precision"] = "bf16-mixed" if on_gpu else "32-true"
     own = [*callbacks, *(values.get("callbacks") or [])]
+    plugins = values.get("plugins") or []
+    plugins = [*plugins] if isinstance(plugins, (list, tuple)) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(WholeFile())
     shown = progress_bar is not None and values.get("enable_progress_bar") is not False
     if progress_bar is not None and shown and not any(isinstance(c, ProgressBar) for c in own):
         own.append(progress_bar)
@@ -105,6 +111,7 @@ def build_trainer(
         "enable_progress_bar": shown,
         "logger": logger if logger is not None else False,
         "callbacks": own,
+        "plugins": plugins,
     }
     try:
         trainer = Trainer(**values)

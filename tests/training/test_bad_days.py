@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.fabric.plugins.io import torch_io
 from torch import Tensor
 
 from engram_lab.errors import UserError
@@ -19,6 +18,7 @@ from engram_lab.memory import disk, row_checkpoint
 from engram_lab.memory.disk import DiskStore
 from engram_lab.memory.host import HostStore
 from engram_lab.recipe import Recipe
+from engram_lab.training import checkpoint_file
 from engram_lab.training.callbacks import Progress
 from engram_lab.training.fit import RunResult
 from engram_lab.training.run import train
@@ -87,8 +87,8 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_the_checkpoint_before_is_w
             full = fills_up(row_checkpoint.write, lambda path, *_: path.name == "step=9.rank=0.rows")
             patch.setattr(row_checkpoint, "write", full)
         else:
-            full = fills_up(torch_io._atomic_save, lambda _, path: Path(path).name == "step=9.ckpt")
-            patch.setattr(torch_io, "_atomic_save", full)
+            full = fills_up(checkpoint_file.written_aside, lambda path: path.name == "step=9.ckpt")
+            patch.setattr(checkpoint_file, "written_aside", full)
         with pytest.raises(UserError) as caught:
             train(wanted, observer=observe, progress_bar=False)
     message = str(caught.value)
