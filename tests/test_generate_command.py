@@ -1,5 +1,7 @@
+import errno
 import json
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -71,6 +73,32 @@ def test_the_text_is_the_same_wherever_the_rows_are(run, capsys, options):
     assert len(files) == 2, "one table and the mark that it is whole"
     for file in files:
         file.unlink()
+
+
+@pytest.mark.parametrize("cause", ["full", "closed", "damaged", "in the way"])
+def test_a_file_that_cannot_be_used_is_told_with_what_the_command_can_do(
+    tmp_path, capsys, monkeypatch, cause
+):
+    save_run(tmp_path / "run")
+    model, asked = tmp_path / "run" / "model", [tmp_path / "run", "x", "--tokens", 1, "--memory", "disk"]
+    if cause in ("full", "closed"):
+        reason = OSError(errno.ENOSPC if cause == "full" else errno.EROFS, "the system's words")
+        name = "os.posix_fallocate" if cause == "full" else "engram_lab.memory.serving.FileLock.acquire"
+        monkeypatch.setattr(name, Mock(side_effect=reason))
+    else:
+        assert said(capsys, *asked)[0] == 0
+        (table,) = model.glob("[!.]*.table")
+        if cause == "damaged":
+            table.write_bytes(table.read_bytes()[:100])
+        else:
+            for file in model.glob(f"{table.name}*"):
+                file.unlink()
+            table.mkdir()
+    status, _, err = said(capsys, *asked)
+    assert status == 2
+    assert err.endswith(
+        "keep the table elsewhere (a recipe's memory.directory or memory.tier, generate's --memory).\n"
+    )
 
 
 def test_a_network_without_a_table_has_nothing_to_place(tmp_path, capsys):

@@ -25,6 +25,7 @@ from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.lookup import ServingTable
 from engram_lab.memory.resident import RowStorage
 from engram_lab.memory.stores import DeviceStore, RowStore, fill
+from engram_lab.memory.table_file import ELSEWHERE
 
 FILLED = "filled"
 GATHERERS = 2
@@ -122,8 +123,7 @@ def _alone_at(path: Path) -> Iterator[None]:
         lock.acquire()
     except OSError as error:
         raise UserError(
-            f"The table's file {path} cannot be made: {error.strerror or error}; choose another "
-            "memory.directory."
+            f"The table's file {path} cannot be made: {error.strerror or error}; {ELSEWHERE}."
         ) from error
     try:
         yield

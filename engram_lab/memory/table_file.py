@@ -23,6 +23,8 @@ from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.room import require_disk
 
 MAGIC, VERSION = b"ENGRDISK", 1
+ELSEWHERE = "keep the table elsewhere (a recipe's memory.directory or memory.tier, generate's --memory)"
+"""What helps whoever asked for the file, a run or a trained network that is served."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ class TableFile:
         Raises:
             UserError: no room on the disk, or a disk that fails.
         """
-        path, remedy = self.path, "choose another memory.directory, or lower model.engram.rows_per_head"
+        path = self.path
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.unlink(missing_ok=True)
-            require_disk(self._size, path.parent, remedy)
+            require_disk(self._size, path.parent, ELSEWHERE)
             for log in path.parent.glob(f"{path.name}.written-*"):  # of a file that is gone
                 log.unlink()
             text = json.dumps(self._header).encode()
@@ -68,7 +70,7 @@ class TableFile:
             with suppress(OSError):
                 partial.unlink()
             raise UserError(
-                f"The table's file {path} cannot be made: {error.strerror or error}; {remedy}."
+                f"The table's file {path} cannot be made: {error.strerror or error}; {ELSEWHERE}."
             ) from error
 
     def open(self, *, writable: bool) -> tuple[int, bool]:
@@ -102,7 +104,7 @@ class TableFile:
 
     def _check(self, file: int) -> None:
         path, size, expected = self.path, self._size, self._header
-        remedy = f"remove {path}* to build the table anew, or choose another memory.directory"
+        remedy = f"remove {path}* to build the table anew, or {ELSEWHERE}"
         with path.open("rb") as whole:  # `file` may take reads of whole blocks only
             block = whole.read(BLOCK)
         found = os.fstat(file).st_size
@@ -143,15 +145,14 @@ def _open(path: Path, writable: bool) -> tuple[int, bool]:
             file, direct = os.open(path, os.O_RDONLY), False  # a file system without direct reads
     except OSError as error:
         raise UserError(
-            f"The table's file {path} cannot be opened: {error.strerror}; check memory.directory."
+            f"The table's file {path} cannot be opened: {error.strerror}; {ELSEWHERE}."
         ) from error
     try:
         fcntl.flock(file, (fcntl.LOCK_EX if writable else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(file)
         raise UserError(
-            f"The table's file {path} is in use by another process; end it, or choose another "
-            "memory.directory."
+            f"The table's file {path} is in use by another process; end it, or {ELSEWHERE}."
         ) from error
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead
     return file, direct

@@ -63,7 +63,7 @@ def test_a_file_of_another_table_is_refused(
 ) -> None:
     message = refused(TableFile(made(tmp_path).path, layout, rows, fingerprint))
     assert says in message
-    assert "choose another memory.directory" in message
+    assert message.endswith(f"to build the table anew, or {table_file.ELSEWHERE}.")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest
 def test_a_file_that_is_not_there_is_not_made_by_opening_it(tmp_path: Path) -> None:
     table = TableFile(tmp_path / "t.rows", LAYOUT, ROWS, "hash 1")
     assert refused(table) == (
-        f"The table's file {table.path} cannot be opened: No such file or directory; check memory.directory."
+        f"The table's file {table.path} cannot be opened: No such file or directory; {table_file.ELSEWHERE}."
     )
     assert os.listdir(tmp_path) == []
 
@@ -118,7 +118,7 @@ def test_a_reader_goes_through_the_page_cache_where_the_file_system_has_no_direc
 
 def test_room_is_asked_for_before_anything_is_made(tmp_path: Path) -> None:
     message = refusal(TableFile(tmp_path / "t.rows", LAYOUT, 10**13, "hash 1").create)
-    assert re.search(r"needs .* GiB, but .* GiB free; choose another memory.directory", message)
+    assert re.search(r"needs .* GiB, but .* GiB free; keep the table elsewhere", message)
     (tmp_path / "file").touch()
     assert "cannot be made: " in refusal(
         TableFile(tmp_path / "file" / "t.rows", LAYOUT, ROWS, "hash 1").create
@@ -133,5 +133,7 @@ def test_a_disk_that_fills_up_while_the_file_is_made_leaves_nothing(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    assert "cannot be made: No space left on device; choose" in refusal(lambda: made(tmp_path))
+    assert "cannot be made: No space left on device; keep the table elsewhere" in refusal(
+        lambda: made(tmp_path)
+    )
     assert os.listdir(tmp_path) == []
