@@ -38,7 +38,7 @@ from serving_tables import SMALL, add_table_options, build_memory, engram, fill,
 from engram_lab.files import write_atomically
 from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
-from engram_lab.memory.lookup import ServingTable
+from engram_lab.memory.lookup import FEW_ROWS, ServingTable
 from engram_lab.memory.serving import GATHERERS
 from engram_lab.memory.stores import DeviceStore, RowStore
 from engram_lab.model.engram import EngramConfig
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("serving.json"))
     parser.add_argument("--backbones", nargs="+", default=["4B", "8B"], choices=list(SHAPES))
     add_table_options(parser, 100e9)
-    parser.add_argument("--few", type=int, default=8192, help="rows up to which the kernel reads them")
+    parser.add_argument("--few", type=int, default=FEW_ROWS, help="rows up to which the kernel reads them")
     parser.add_argument(
         "--parts",
         nargs="+",

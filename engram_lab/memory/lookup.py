@@ -31,10 +31,10 @@ try:
 except ImportError:  # triton comes with torch's builds for CUDA only
     gather_triton = None  # type: ignore[assignment]
 
-FEW_ROWS = 32_768
-"""Up to so many rows a kernel reads them over the bus; above, threads gather. On an H100 with 16 cores the
-two crossed between 16,384 and 65,536 rows (benchmarks/results/serving.md, run 1; since then the kernel uses
-fewer processors, and two threads gather where sixteen did)."""
+FEW_ROWS = 8192
+"""Up to so many rows a kernel reads them over the bus; above, threads gather. Alone on an H100 the kernel is
+no slower up to 160,000 rows, but it takes processors that other work needs; what serving costs was measured
+with this limit (benchmarks/results/serving.md)."""
 THREADS = 2
 """Look-ups that threads work on at once: one is read while another finds its rows. Each is read by several
 threads already, and more might compete with the launches for the interpreter."""

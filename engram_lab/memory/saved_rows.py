@@ -237,7 +237,11 @@ class DenseRows(GivenRows):
 
 
 def stored_layout(row_dim: int, storage: RowStorage) -> RecordLayout:
-    """Return the layout of rows that are saved in a format: nothing lies beside them."""
+    """Return the layout of rows that are saved or served in a format.
+
+    Nothing lies beside them, and they are as narrow as records can be: wider ones were not read faster
+    (benchmarks/results/gather_rows.md), and what serving costs was measured with these.
+    """
     return RecordLayout(row_dim=row_dim, weights=storage, rule=None, alignment=4)
 
 

@@ -24,6 +24,7 @@ from engram_lab.memory.host import HostStore
 from engram_lab.memory.layout import RecordLayout
 from engram_lab.memory.lookup import ServingTable
 from engram_lab.memory.resident import RowStorage
+from engram_lab.memory.saved_rows import stored_layout
 from engram_lab.memory.stores import DeviceStore, RowStore, fill
 from engram_lab.memory.table_file import ELSEWHERE
 
@@ -57,7 +58,7 @@ def serving_table(
     """
     if memory.tier == "sharded":
         raise UserError("memory.tier is 'sharded', which trains; serve from resident, host or disk.")
-    layout = RecordLayout(row_dim=row_dim, weights=storage, rule=None)
+    layout = stored_layout(row_dim, storage)
 
     def initial(first: int, count: int, out: Tensor) -> None:
         layout.encode(weights(first, count), out)

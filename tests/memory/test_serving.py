@@ -47,6 +47,19 @@ def test_logits_are_equal_on_every_tier(tmp_path: Path, storage: str, dtype: tor
     assert len(list(tmp_path.glob("*.table"))) == 2
 
 
+@pytest.mark.parametrize(("storage", "taken"), [("float8", 84), ("float8_row", 84), ("bfloat16", 160)])
+def test_rows_take_no_more_than_their_values_and_scales(tmp_path: Path, storage: str, taken: int) -> None:
+    """100 billion parameters make 84 bytes of a row of 80 matter (docs/serving.md)."""
+    engram = EngramConfig(heads=2, row_dim=80, rows_per_head=50, row_storage=storage)
+    network = Transformer(ModelConfig(vocab_size=97, d_model=32, n_layers=2, engram=engram))
+    initialise(network, 3)
+    save(network, tmp_path / "model", tokenizer_hash="x")
+    for memory in (MemoryConfig(tier="host"), MemoryConfig(tier="disk", directory=str(tmp_path))):
+        served = load(tmp_path / "model", tables=memory)
+        assert [table.store.record_bytes for table in served.tables] == [taken]
+        close(served)
+
+
 def test_a_file_that_was_not_finished_is_written_anew(tmp_path: Path) -> None:
     network, _ = save_run(tmp_path)
     memory = MemoryConfig(tier="disk", directory=str(tmp_path / "rows"))
