@@ -44,7 +44,8 @@ class Sampling:
     top_p: float | None = None
     """Draw among the fewest tokens that together have at least this probability (after top_k)."""
     seed: int = 0
-    """Start of the random numbers; the same seed and batch give the same tokens."""
+    """Start of the random numbers; the same seed and batch give the same tokens on a CPU. On a GPU the fused
+    attention of single tokens is not the same to the last bit each time (docs/inspect.md)."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
