@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,8 +59,17 @@ def run_recipe(arguments: Sequence[str]) -> int:
     """Run the recipe file `arguments[0]` with the overrides that follow, as LightningCLI spells them."""
     from engram_lab.commands import run
 
-    with _first_process_speaks():
-        return run(Path(arguments[0]), list(arguments[1:]))
+    try:
+        with _first_process_speaks():
+            return run(Path(arguments[0]), list(arguments[1:]))
+    except OSError as error:
+        # Whatever file it was: those that matter most have sentences of their own.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"A file of the run cannot be written: {error.strerror}; make room, then the same command goes "
+            "on from the last checkpoint."
+        ) from error
 
 
 @contextlib.contextmanager

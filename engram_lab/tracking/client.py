@@ -5,6 +5,7 @@ MLflow takes two seconds to import, so that happens here and only when a store i
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -54,6 +55,9 @@ def load(uri: str) -> None:
 
     if not uri.startswith("http"):
         import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+        # It logs whatever a database refuses, ninety lines each time, and raises it too: once is enough.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 @lru_cache(maxsize=8)

@@ -94,8 +94,14 @@ class BufferedMLFlowLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what waits. Raises UserError when the store does not take it for two minutes."""
-        self._writer.close()
+        """Write what waits. Raises UserError when the store does not take it for two minutes.
+
+        After a failure, which is what the user must hear of, one attempt is made and a loss is only logged.
+        """
+        if status == "success":
+            self._writer.close()
+        else:
+            self._writer.leave()
 
     def _name(self, key: str) -> str:
         if key in self._names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 import time
 from collections.abc import Mapping
@@ -16,10 +17,15 @@ from engram_lab.tracking.client import client, one_sentence
 if TYPE_CHECKING:
     from engram_lab.tracking.logger import BufferedMLFlowLogger
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run that `open_run` opened. Every method raises UserError when the store refuses.
+    """A run that `open_run` opened.
+
+    Every method raises UserError when the store refuses, but for those that mark a run which an error ends:
+    that error is what the user must hear of.
 
     Args:
         uri: absolute address of the store.
@@ -79,17 +85,25 @@ class RunRecord:
         """Mark the run finished, with its final validation loss in nats a token if it has one."""
         if loss is not None:
             self.log_values({names.FINAL_LOSS: loss})
-        self._end("FINISHED", None)
+        self.end("FINISHED", None)
 
     def fail(self, reason: str) -> None:
-        """Mark the run failed, and why."""
-        self._end("FAILED", reason)
+        """Mark the run failed, and why, if the store takes it."""
+        self.leave("FAILED", reason)
 
     def interrupt(self, reason: str) -> None:
-        """Mark the run killed: somebody stopped it, and opening it again continues it."""
-        self._end("KILLED", reason)
+        """Mark the run killed, if the store takes it: somebody stopped it, and opening it continues it."""
+        self.leave("KILLED", reason)
 
-    def _end(self, status: str, reason: str | None) -> None:
+    def leave(self, status: str, reason: str | None) -> None:
+        """Do what `end` does; a refusal is logged and hides nothing: the run says RUNNING until `reap`."""
+        try:
+            self.end(status, reason)
+        except UserError as refused:
+            log.error("how run %s ended was not recorded: %s", self.run_id, refused)
+
+    def end(self, status: str, reason: str | None) -> None:
+        """Write MLflow's status of a run that is over, and why it has it where there is something to say."""
         with one_sentence(self.uri):
             write_tags(self.uri, self.run_id, {names.REASON: reason})
             client(self.uri).set_terminated(self.run_id, status)

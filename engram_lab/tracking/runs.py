@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engram_lab.errors import UserError
 from engram_lab.tracking import names
 from engram_lab.tracking.client import client, one_sentence
 from engram_lab.tracking.owner import owner, owner_alive
@@ -16,8 +14,6 @@ from engram_lab.tracking.record import RunRecord, tag_text, write_tags
 from engram_lab.tracking.signals import Terminated, raise_on_sigterm, stopped_by
 from engram_lab.tracking.store import experiment_id, initialise_store, store_lock
 from engram_lab.tracking.version import code_version, machine
-
-log = logging.getLogger(__name__)
 
 
 def open_run(
@@ -86,10 +82,7 @@ def running(record: RunRecord) -> Iterator[RunRecord]:
         try:
             yield record
         except BaseException as error:
-            try:
-                _mark(record, error)
-            except UserError as refused:
-                log.error("how run %s ended was not recorded: %s", record.run_id, refused)
+            record.leave(*_how(error))
             raise
         record.finish()
 
@@ -116,7 +109,7 @@ def reap(uri: str, experiment: str, alive: Callable[[str], bool] = owner_alive) 
             if who is None or alive(who):
                 continue
             record = RunRecord(uri, str(run.info.run_id))
-            record.interrupt(f"its process ended without a word ({who})")
+            record.end("KILLED", f"its process ended without a word ({who})")
             reaped.append(record.run_id)
     return reaped
 
@@ -135,13 +128,13 @@ def _search(uri: str, experiment_key: str, condition: str) -> list[Any]:
             return found
 
 
-def _mark(record: RunRecord, error: BaseException) -> None:
+def _how(error: BaseException) -> tuple[str, str | None]:
+    """Return status and reason of a run that ended with `error`."""
     if isinstance(error, Terminated):
-        record.interrupt("terminated (SIGTERM)")
+        return "KILLED", "terminated (SIGTERM)"
     # Lightning turns Ctrl-C into SystemExit(1) while it handles the KeyboardInterrupt.
-    elif isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-        record.interrupt(f"interrupted ({stopped_by(error).name})")
-    elif isinstance(error, SystemExit) and error.code in (None, 0):
-        record.finish()
-    else:
-        record.fail(f"{type(error).__name__}: {error}")
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return "KILLED", f"interrupted ({stopped_by(error).name})"
+    if isinstance(error, SystemExit) and error.code in (None, 0):
+        return "FINISHED", None
+    return "FAILED", f"{type(error).__name__}: {error}"

@@ -131,8 +131,7 @@ def _create_sqlite(path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.new")
     unfinished.unlink(missing_ok=True)
     # MLflow's migrations tell of forty revisions, one line each.
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     try:
@@ -155,6 +154,7 @@ def _check_sqlite(path: Path) -> None:
         advice = {
             "locked": "another program has locked it: close that, then try again",
             "not a database": "the file is something else: move it away, or name another path",
+            "I/O error": "its disk may be full: make room there",  # SQLite's words for no room beside it
         }
         why = next((text for sign, text in advice.items() if sign in str(error)), "check its permissions")
         raise UserError(f"The store '{path}' cannot be written ({error}); {why}.") from error

@@ -13,6 +13,8 @@ from engram_lab.errors import UserError
 
 # MLflow takes at most this many metrics in one call.
 LARGEST_BATCH = 1000
+# What SQLite and other databases say of a full disk.
+FULL = ("disk is full", "No space left on device")
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class MetricWriter:
         self._closing = False
         self._failing_since: float | None = None
         self._failure: BaseException | None = None
-        self._final = False
+        self._final = self._raised = False
 
     @property
     def waiting(self) -> int:
@@ -99,13 +101,31 @@ class MetricWriter:
                 with self._guard:
                     del self._points[: len(batch)]
                 self._failing_since = self._failure = None
+                self._final = self._raised = False
         return True
 
     def close(self) -> None:
         """Stop the thread and write what is left, trying for as long as `patience` allows.
 
-        Raises UserError when points are left over. The writer may be used again afterwards.
+        Raises UserError when points are left over, on a full disk at once: nobody makes room before they are
+        told. The writer may be used again afterwards.
         """
+        self._stop()
+        while not self.flush():
+            if self._final or any(words in str(self._failure) for words in FULL):
+                self._give_up()
+            time.sleep(min(1.0, self._patience / 10))
+
+    def leave(self) -> None:
+        """Stop the thread and try once to write what is left; how much is lost is logged, if not yet raised.
+
+        For work that has failed: the error that ended it must not wait for the store, nor give way to its.
+        """
+        self._stop()
+        if not self.flush() and not self._raised:
+            log.warning("%s", self._loss())
+
+    def _stop(self) -> None:
         self._closing = True
         self._wake.set()
         if self._thread is not None:
@@ -113,10 +133,6 @@ class MetricWriter:
             self._thread = None
             atexit.unregister(self.close)
         self._closing = False
-        while not self.flush():
-            if self._final:
-                self._give_up()
-            time.sleep(min(1.0, self._patience / 10))
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="metric-writer", daemon=True)
@@ -145,11 +161,15 @@ class MetricWriter:
         self._final = now - self._failing_since >= self._patience
 
     def _give_up(self) -> None:
+        self._raised = True
+        raise UserError(self._loss()) from self._failure
+
+    def _loss(self) -> str:
         assert self._failure is not None
-        raise UserError(
+        return (
             f"{self.waiting} metric values could not be written to {self._destination}: "
             f"{_first_line(self._failure)}."
-        ) from self._failure
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import time
 from contextlib import closing
 from typing import Any
 
@@ -136,6 +137,28 @@ def test_a_store_that_is_locked_for_a_while(uri: str) -> None:
         other.execute("ROLLBACK")
     logger.finalize("success")
     assert history(record, "loss") == [(0, 1.0), (1, 0.5)]
+
+
+def test_a_failed_run_does_not_wait_for_a_store_that_refuses(
+    uri: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The error that ends the training is raised; what the store says is logged, in one line each."""
+    record = open_run(uri, "study", "cell", "n")
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as other:
+        for table in ("metrics", "tags"):
+            other.execute(f"ALTER TABLE {table} RENAME TO {table}_away")
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"), running(record):
+        trainer(record, 12).fit(Module(fails_at=7), data())
+    assert time.monotonic() - started < 20
+    said = [r.message for r in caplog.records if r.name.startswith("engram_lab")]
+    assert [text.partition(": ")[0].replace(record.run_id, "RUN") for text in said] == [
+        "metrics wait",
+        f"14 metric values could not be written to run RUN of {uri}",
+        "how run RUN ended was not recorded",
+    ]
+    assert not any("\n" in text for text in said)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_run_that_was_deleted_is_reported(uri: str) -> None:

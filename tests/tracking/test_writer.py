@@ -116,6 +116,73 @@ def test_a_store_that_stays_away_is_reported_while_training_and_at_the_end() -> 
         writer.close()
 
 
+def test_a_store_that_comes_back_late_is_forgiven() -> None:
+    store = Store()
+    store.failing = RuntimeError("database is locked")
+    writer = MetricWriter(store, "run 1", flush_points=1, flush_seconds=0.01, patience=0.1)
+    writer.add(points(2))
+    until(lambda: writer._final)
+    store.failing = None
+    until(lambda: writer.waiting == 0)
+    writer.add(points(1, 2))
+    writer.close()
+    assert store.points == points(3)
+
+
+FULL = RuntimeError("(sqlite3.OperationalError) database or disk is full\nmore")
+LOSS = "3 metric values could not be written to run 1: (sqlite3.OperationalError) database or disk is full."
+
+
+def losses(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.message for r in caplog.records if "could not be written" in r.message]
+
+
+def test_a_full_disk_is_not_waited_for_at_the_end() -> None:
+    store = Store()
+    store.failing = FULL
+    writer = MetricWriter(store, "run 1", flush_points=100, flush_seconds=60)
+    writer.add(points(3))
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        writer.close()
+    assert str(caught.value) == LOSS
+    assert time.monotonic() - started < 10
+
+
+def test_left_in_failure_it_tries_once_and_says_what_is_lost(caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    store.failing = FULL
+    writer = MetricWriter(store, "run 1", flush_points=100, flush_seconds=60)
+    writer.add(points(3))
+    writer.leave()
+    assert store.attempts == 1
+    assert losses(caplog) == [LOSS]
+    assert not [thread for thread in threading.enumerate() if thread.name == "metric-writer"]
+
+    store.failing = None
+    writer.leave()
+    assert store.points == points(3)
+    assert losses(caplog) == [LOSS]
+
+
+def test_a_loss_is_not_told_twice_but_the_next_one_is(caplog: pytest.LogCaptureFixture) -> None:
+    store = Store()
+    store.failing = FULL
+    writer = MetricWriter(store, "run 1", flush_points=100, flush_seconds=60)
+    writer.add(points(3))
+    with pytest.raises(UserError):
+        writer.close()
+    writer.leave()
+    assert losses(caplog) == []
+
+    store.failing = None
+    assert writer.flush()
+    store.failing = FULL
+    writer.add(points(3))
+    writer.leave()
+    assert losses(caplog) == [LOSS]
+
+
 def test_a_crash_of_the_thread_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     class Crash(BaseException):
         pass
