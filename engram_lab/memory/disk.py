@@ -101,9 +101,8 @@ class DiskStore:
         table = TableFile(path, layout, rows, fingerprint)
         if writable and not path.exists():
             table.create()
-        if cache_rows is None:
-            cache_rows = min(rows // 16, available_memory() // 4 // self.record_bytes)
-        self._cache = RowCache(min(cache_rows, rows), self.record_bytes) if cache_rows else None
+        kept = rows_in_memory(rows, self.record_bytes, cache_rows)
+        self._cache = RowCache(kept, self.record_bytes) if kept else None
         self._lock, self._writing = threading.Lock(), threading.Lock()
         held = ExitStack()  # knows nothing of the store, or the store would never go
         self._release = weakref.finalize(self, held.close)
@@ -269,6 +268,13 @@ class DiskStore:
     def _raise_failure(self) -> None:
         if self._failure:
             raise UserError(self._failure)
+
+
+def rows_in_memory(rows: int, record_bytes: int, cache_rows: int | None) -> int:
+    """Return how many of `rows` rows a store with that `cache_rows` keeps in memory."""
+    if cache_rows is None:
+        cache_rows = min(rows // 16, available_memory() // 4 // record_bytes)
+    return min(cache_rows, rows)
 
 
 def _deep_reads(file: int, path: Path, record_bytes: int) -> DeepReads | None:

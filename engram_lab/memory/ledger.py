@@ -40,6 +40,11 @@ class Ledger:
     def __init__(self, rows: int) -> None:
         self._entries = np.zeros(rows, dtype=np.int64)  # step << 32 | place; 0: never read
 
+    @staticmethod
+    def memory_bytes(rows: int) -> int:
+        """Bytes of memory that one of `rows` rows takes once they have been read."""
+        return 8 * rows
+
     def enter(self, step: int, ids: Tensor, landed: int, workers: Workers) -> Returning:
         """Enter the unique rows `ids` [n] of a step, and say which the steps after `landed` had last.
 

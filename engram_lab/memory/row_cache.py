@@ -37,16 +37,21 @@ class RowCache:
     """
 
     def __init__(self, rows: int, record_bytes: int) -> None:
-        slots = max(1, rows // WAYS) * WAYS
         require_memory(
-            slots * (record_bytes + 17 + COUNTERS), "The rows kept in memory", "lower memory.cache_rows"
+            RowCache.memory_bytes(rows, record_bytes), "The rows kept in memory", "lower memory.cache_rows"
         )
+        slots = _slots(rows)
         self.records = map_records(slots, record_bytes)
         self._tags = np.full(slots, EMPTY, dtype=np.int64)
         self._counts = np.zeros(slots, dtype=np.uint8)
         self._loading = np.zeros(slots, dtype=np.int64)  # number of the `find` that gave it, or 0 once ready
         self._seen = np.zeros(slots * COUNTERS, dtype=np.uint8)  # reads of rows that are not there
         self._reads = self._finds = 0
+
+    @staticmethod
+    def memory_bytes(rows: int, record_bytes: int) -> int:
+        """Bytes of memory that a cache of `rows` records takes."""
+        return _slots(rows) * (record_bytes + 17 + COUNTERS)
 
     def find(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
         """Look rows up and count the reads.
@@ -75,6 +80,10 @@ class RowCache:
         slots = np.empty_like(ids)
         _places(ids, self._tags, self._loading, slots)
         return slots
+
+
+def _slots(rows: int) -> int:
+    return max(1, rows // WAYS) * WAYS
 
 
 @njit(nogil=True, cache=True)

@@ -73,6 +73,11 @@ class RowCheckpoints:
         self._files: list[RowFile] = []  # oldest first
         self._covered = np.zeros(0, dtype=bool)  # by row, whether a file has it
 
+    @staticmethod
+    def memory_bytes(rows: int) -> int:
+        """Bytes of memory kept between checkpoints of a table of `rows` rows."""
+        return rows
+
     def save(self, step: int, store: RowStore, ids: Tensor, rank: int = 0) -> Manifest:
         """Write the rows changed since the last call, and return what the training checkpoint must keep.
 

@@ -16,6 +16,11 @@ class TouchedRows:
         self._ever = np.zeros(-(-rows // 8), dtype=np.uint8)
         self._recent = np.zeros_like(self._ever)
 
+    @staticmethod
+    def memory_bytes(rows: int) -> int:
+        """Bytes of memory that two sets out of `rows` rows take."""
+        return 2 * -(-rows // 8)
+
     def mark(self, ids: Tensor) -> None:
         """Add rows, int64 [n] on the CPU, to both sets."""
         _mark(ids.numpy(), self._ever, self._recent)

@@ -44,6 +44,11 @@ class WrittenLog:
         else:
             self.forget()
 
+    @staticmethod
+    def memory_bytes(rows: int) -> int:
+        """Bytes of memory that the log of a file of `rows` rows takes."""
+        return -(-rows // 8)
+
     def mark(self, checkpoint: str) -> None:
         """Begin the log of what is written after `checkpoint`; those before are kept."""
         number = max(self._numbers(), default=0) + 1

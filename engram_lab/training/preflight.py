@@ -11,8 +11,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from engram_lab.budget import count
 from engram_lab.errors import UserError
-from engram_lab.memory.room import require_disk
+from engram_lab.memory.config import MemoryConfig
+from engram_lab.memory.disk import rows_in_memory
+from engram_lab.memory.ledger import Ledger
+from engram_lab.memory.room import GIB, available_memory, require_disk
+from engram_lab.memory.row_cache import RowCache
+from engram_lab.memory.row_checkpoint import RowCheckpoints
 from engram_lab.memory.saved_rows import SavedRows
+from engram_lab.memory.touched import TouchedRows
+from engram_lab.memory.written_log import WrittenLog
 from engram_lab.model.checkpoint import canonical_hash, given_rows, read_record, table_sizes
 from engram_lab.model.hashing import ADDRESS_FIELDS, HASH_VERSION, NgramHash
 from engram_lab.recipe import ResolvedRun, run_directory
@@ -37,8 +44,8 @@ def preflight(run: ResolvedRun, corpus: TokenCorpus) -> None:
         trainer = build_trainer(
             recipe.trainer, steps=1, evaluate_every=None, callbacks=(), logger=None, progress_bar=None
         )
-    _require_memory(run, trainer)
     _require_disk(run)
+    _require_memory(run, trainer)
     _check_processes(run, trainer)
     micro_batches = trainer.world_size * trainer.accumulate_grad_batches
     if recipe.data.batch_size % micro_batches:
@@ -117,22 +124,44 @@ def _check_processes(run: ResolvedRun, trainer: Trainer) -> None:
 def _require_memory(run: ResolvedRun, trainer: Trainer) -> None:
     parameters, slots = count(run.network).everything, run.allocation.slots
     needed, elsewhere = 4 * parameters, ""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if moves_records(run):
         engram, memory = run.network.engram, run.recipe.memory
         assert engram is not None
         record = record_layout(memory, engram, run.recipe.optimizer).record_bytes
-        needed -= 4 * slots * engram.row_dim
-        on_host = memory.tier == "host" or trainer.strategy.root_device.type == "cpu"
-        if memory.tier != "disk" and on_host:
-            needed += slots * record
+        here, of = trainer.num_devices, trainer.world_size  # processes of this machine, and of all
+        needed += bytes_beside_records(memory, slots, here, of) - 4 * slots * engram.row_dim
+        available = available_memory()
+        if memory.tier == "disk":
+            if kept := rows_in_memory(slots, record, memory.cache_rows):
+                needed += RowCache.memory_bytes(kept, record)
+            elsewhere = ", or lower memory.cache_rows"
+        elif memory.tier == "host" or trainer.strategy.root_device.type == "cpu":
+            needed += -(-slots * here // of) * record
             elsewhere = ", or set memory.tier to disk"
-    present = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > present:
+    if needed > available:
         raise UserError(
-            f"the network has {parameters:,} parameters, {slots:,} rows of memory among them, which take "
-            f"{needed / 2**30:,.0f} GiB, and this machine has {present / 2**30:,.0f} GiB; lower "
-            f"model.engram.rows_per_head or model.ffn.experts{elsewhere}."
+            f"the network has {parameters:,} parameters, {slots:,} rows of memory among them, which with all "
+            f"that is kept of a row need {needed / GIB:,.1f} GiB of memory, but {available / GIB:,.1f} GiB "
+            f"are available; lower model.engram.rows_per_head or model.ffn.experts{elsewhere}."
         )
+
+
+def bytes_beside_records(memory: MemoryConfig, rows: int, here: int, processes: int) -> int:
+    """Return the bytes of the host's memory that a run comes to keep of its rows beside their records.
+
+    They are taken as rows are read, most of them after the records have been filled, wherever those are.
+
+    Args:
+        memory: says the tier.
+        rows: of all tables.
+        here: processes on this machine.
+        processes: on all machines, over which the rows are spread.
+    """
+    each = TouchedRows.memory_bytes(rows) + RowCheckpoints.memory_bytes(rows)
+    if memory.tier == "disk":
+        each += WrittenLog.memory_bytes(rows)
+    return here * (each + Ledger.memory_bytes(-(-rows // processes)))
 
 
 def _require_disk(run: ResolvedRun) -> None:
