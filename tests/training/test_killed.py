@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ KILL, ASK = signal.SIGKILL, signal.SIGTERM
 @pytest.mark.parametrize(
     ("memory", "reference", "signals"),
     [
-        ({}, {}, (KILL, KILL)),
-        ({"unique_rows": True}, {"unique_rows": True}, (KILL, KILL)),
-        ({"tier": "host", "depth": 3}, {"unique_rows": True}, (KILL, KILL)),
-        ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, (KILL, KILL)),
-        ({"tier": "sharded"}, {"tier": "sharded"}, (ASK, KILL)),
+        ({}, {}, ((KILL, 0.0), (KILL, 0.5))),
+        ({"unique_rows": True}, {"unique_rows": True}, ((KILL, 0.2), (KILL, 0.7))),
+        ({"tier": "host", "depth": 3}, {"unique_rows": True}, ((KILL, 0.4), (KILL, 0.9))),
+        ({"tier": "disk", "cache_rows": 50}, {"unique_rows": True}, ((KILL, 0.3), (KILL, 0.8))),
+        ({"tier": "sharded"}, {"tier": "sharded"}, ((ASK, 0.6), (KILL, 0.1))),
     ],
     ids=["dense", "device", "host", "disk", "sharded"],
 )
@@ -37,10 +37,11 @@ def test_killed_at_random_moments_it_ends_the_same(
     tmp_path: Path,
     memory: dict[str, Any],
     reference: dict[str, Any],
-    signals: tuple[signal.Signals, ...],
+    signals: tuple[tuple[signal.Signals, float], ...],
 ) -> None:
     """SIGKILL, wherever it hits: a step, an evaluation, a checkpoint or row being written.
 
+    Each comes after a share of the time between two checkpoints, so that together they are spread over it.
     Two processes hold the sharded table; ranks add up in one order, so that as many repeat a run exactly.
     SIGTERM to the first of them ends both at the same step, with a checkpoint of it.
     """
@@ -56,13 +57,11 @@ def test_killed_at_random_moments_it_ends_the_same(
     assert expected is not None
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(tiny))
-    chance = random.Random(0)
-    for number in signals:
+    for number, share in signals:
         seen = set(directory.glob("checkpoints/*.ckpt"))
         process = start(file)
-        while process.poll() is None and set(directory.glob("checkpoints/*.ckpt")) <= seen:
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0.0, 0.3))
+        first, second = (next_checkpoint(directory, seen, process) for _ in range(2))
+        time.sleep(share * (second - first))
         ended = process.poll()
         if number == KILL:
             os.killpg(process.pid, KILL)
@@ -84,3 +83,14 @@ def test_killed_at_random_moments_it_ends_the_same(
     assert curves(recipe, "train/loss") == curves(elsewhere, "train/loss")
     assert curves(recipe, "val/loss") == curves(elsewhere, "val/loss")
     assert status(recipe) == ("FINISHED", None)
+
+
+def next_checkpoint(directory: Path, seen: set[Path], process: subprocess.Popen[bytes]) -> float:
+    """Wait for one that was not `seen`, or the end of the process, and return the time in seconds."""
+    while process.poll() is None:
+        there = set(directory.glob("checkpoints/*.ckpt"))
+        if not there <= seen:
+            seen |= there
+            break
+        time.sleep(0.002)
+    return time.perf_counter()
