@@ -33,8 +33,8 @@ class MemoryConfig:
         directory: with the disk tier, the folder of the table's file, best on a fast disk; None takes the
             run's own.
         depth: steps that rows are gathered ahead.
-        threads: that gather rows; None takes one per processor, at most 8, to train, and two to serve from
-            the host's memory.
+        threads: that plan, copy and read rows; None takes one per processor, at most 8; two to serve from the
+            host's memory; 64 to read a file through the page cache, as training on disk does.
         cache_rows: with the disk tier, rows kept in memory; None takes a sixteenth of all rows, or what fits
             a quarter of the available memory if that is less.
 
