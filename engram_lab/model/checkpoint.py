@@ -126,8 +126,11 @@ def save(
         make_durable(folder)
         if rows is None:
             remove_rows(folder)
-    except OSError as error:
-        raise UserError(f"The checkpoint {folder} cannot be written: {error.strerror or error}.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"The checkpoint {folder} cannot be written: {reason}; mend that, or make room there."
+        ) from error
 
 
 def table_sizes(config: EngramConfig) -> dict[str, int]:
