@@ -218,13 +218,13 @@ def test_damage_is_named(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
-    """A file that may not grow fails as one does on a full disk: in safetensors, which has errors of its own."""
+    """A file that may not grow fails as on a full disk: in safetensors, which has errors of its own."""
     old, limits = network(), resource.getrlimit(resource.RLIMIT_FSIZE)
     save(old, tmp_path, tokenizer_hash="a")
     size = (tmp_path / "model.safetensors").stat().st_size
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
-        with pytest.raises(UserError, match="cannot be written: .*File too large") as caught:
+        with pytest.raises(UserError, match=r"cannot be written: .*File too large") as caught:
             save(network(), tmp_path, tokenizer_hash="b")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
