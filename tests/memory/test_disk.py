@@ -373,6 +373,49 @@ def test_a_log_cut_off_while_it_was_written_is_read_to_its_last_whole_number(tmp
     store.close()
 
 
+@pytest.mark.parametrize("last", [True, False], ids=["the last log", "one before"])
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])
+@pytest.mark.parametrize("damage", ["short", "changed", "no row's number", "of an older version"])
+def test_a_log_that_lost_or_changed_numbers_is_not_believed(
+    tmp_path: Path, damage: str, closed: bool, last: bool
+) -> None:
+    """Rows that it does not name would stay as they were written after the checkpoint."""
+    store = filled(tmp_path / "t.rows")
+    write_ones(store, 9, 3)
+    write_ones(store, 11)
+    (log,) = tmp_path.glob("*.written-*")
+    if not last:
+        store.mark("later")
+        write_ones(store, 12)
+    if closed:
+        store.close()
+    else:
+        store._release()
+    whole = log.read_bytes()
+    changed = {
+        "short": whole[:-8],
+        "changed": whole[:-8] + (10).to_bytes(8, "little"),
+        "no row's number": whole + b"\xff" * 8,
+        "of an older version": whole[:112] + b" " * 16 + whole[128:],
+    }
+    log.write_bytes(changed[damage])
+    store = DiskStore(tmp_path / "t.rows", LAYOUT, ROWS, "hash 1")
+    assert store.written_since(["start"]) is None
+    store.close()
+
+
+def test_a_copy_of_a_log_by_another_name_is_left_alone(tmp_path: Path) -> None:
+    store = filled(tmp_path / "t.rows")
+    write_ones(store, 9)
+    store.close()
+    (tmp_path / "t.rows.written-old").write_bytes(b"a copy")
+    store = DiskStore(tmp_path / "t.rows", LAYOUT, ROWS, "hash 1")
+    found = store.written_since(["start"])
+    assert found is not None
+    assert found.tolist() == [9]
+    store.close()
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_after_a_loss_of_power_only_a_log_that_was_closed_is_believed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: bool
