@@ -20,7 +20,7 @@ from engram_lab.errors import UserError
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a study has hundreds of recipes to read
 MOST_RUNS = 50_000  # the largest page that MLflow hands out
-State = Literal["finished", "running", "failed", "unfinished"]
+State = Literal["finished", "running", "failed", "unfinished", "damaged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class ListedRun:
     cell: str
     """What the study calls it; of a model trained on its own, its share and its seed."""
     loss: float | None
-    """Final validation loss in nats a token; None while the run is unfinished."""
+    """Final validation loss in nats a token; None while the run is unfinished, or damaged."""
     state: State
-    """`running` is what a process of this machine trains right now."""
+    """`running` is what a process of this machine trains right now, `damaged` one whose result is."""
     reason: str
-    """Why it failed, as far as the store knows."""
+    """What is damaged, or why it failed, as far as the store knows."""
     saved_step: int | None
     """Step of the checkpoint that an unfinished run goes on from."""
 
@@ -60,14 +60,18 @@ def _listed(
     file: Path, labels: Callable[[str], dict[str, str]], failed: Callable[[str, str], dict[str, str]]
 ) -> ListedRun:
     recipe = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    result = file.with_name("result.json")
     rho, identity = recipe["budget"]["rho"], file.parent.name
     alone = ("" if rho is None else f"rho {rho:g} ") + f"seed {recipe['seed']}"
-    loss = json.loads(result.read_text())["loss"] if result.exists() else None
+    loss: float | None = None
     state: State = "unfinished"
     reason = ""
-    if loss is not None:
-        state = "finished"
+    result = file.with_name("result.json")
+    if result.exists():
+        try:
+            loss = float(json.loads(result.read_text(encoding="utf-8"))["loss"])
+            state = "finished"
+        except (OSError, ValueError, KeyError, TypeError):  # the other runs are worth listing without it
+            state, reason = "damaged", "result.json cannot be read"
     elif _held(file.with_name("lock")):
         state = "running"
     elif (known := failed(recipe["tracking"]["uri"], recipe["name"]).get(identity)) is not None:

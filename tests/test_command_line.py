@@ -264,6 +264,23 @@ def test_every_run_is_listed_with_its_state(
     ]
 
 
+@pytest.mark.parametrize("content", [b"", b'{"loss": 3.', b"\xff\0", b"[]", b"{}", b'{"loss": null}'])
+def test_a_run_with_a_damaged_result_is_listed_so_beside_the_others(
+    tiny: dict[str, Any], in_tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    results = {"abba": content, "c0ffee": b'{"loss": 3.21}'}
+    for place, (identity, result) in enumerate(results.items()):
+        folder = Path("mlruns") / "runs" / identity
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(Recipe.from_dict(tiny).to_dict()))
+        os.utime(folder / "recipe.yaml", (place, place))
+        (folder / "result.json").write_bytes(result)
+    assert main(["runs"]) == 0
+    damaged, whole = (" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:])
+    assert damaged == "abba tiny rho 0.5 seed 0 damaged: result.json cannot be read"
+    assert whole == "c0ffee tiny rho 0.5 seed 0 finished 3.2100"
+
+
 def test_a_long_row_is_one_line_where_a_program_reads_it(
     tiny: dict[str, Any],
     in_tmp_path: Path,

@@ -208,5 +208,7 @@ def _table_rows(run: ResolvedRun, directory: Path, log_every: int) -> TableRows 
 
 
 def _seconds_so_far(directory: Path) -> float:
-    file = directory / "seconds"
-    return float(file.read_text()) if file.exists() else 0.0
+    try:
+        return float((directory / "seconds").read_text())
+    except (OSError, ValueError):  # no run begun here, or a damaged file: a statistic is not worth the run
+        return 0.0

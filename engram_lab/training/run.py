@@ -166,11 +166,19 @@ def _record_result(record: tracking.RunRecord, result: RunResult) -> None:
 
 
 def read_result(directory: Path) -> RunResult | None:
-    """The result of a finished run, marked as reused, or None."""
+    """The result of a finished run, marked as reused, or None; UserError where it cannot be read."""
     file = directory / "result.json"
-    if not file.exists():
+    try:
+        return RunResult(**(json.loads(file.read_text(encoding="utf-8")) | {"reused": True}))
+    except FileNotFoundError:
         return None
-    return RunResult(**(json.loads(file.read_text()) | {"reused": True}))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged; put back what was saved, or remove the file to train the run on from its "
+            "last checkpoint, or anew where it has none."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from engram_lab.errors import UserError
 from engram_lab.recipe import Recipe, resolve, run_directory
 from engram_lab.text import prepare
 from engram_lab.training.callbacks import Progress, StopRequest
-from engram_lab.training.fit import RunResult
+from engram_lab.training.fit import RunResult, _seconds_so_far
 from engram_lab.training.module import Diverged, EngramModule
 from engram_lab.training.run import _claimed, columns, read_result, train
 
@@ -150,6 +150,30 @@ def test_a_finished_run_is_reused(recipe: Recipe, tmp_path: Path, reference: dic
     again = train(recipe, progress_bar=False)
     assert again == replace(first, reused=True)
     assert file.stat().st_mtime_ns == before
+
+
+def test_a_damaged_result_is_refused_until_it_is_removed(recipe: Recipe) -> None:
+    expected = train(recipe, progress_bar=False)
+    file = run_directory(recipe, expected.identity) / "result.json"
+    for content in (b"", b'{"loss": 3.', b"\xff\0", b"[]", b"{}"):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            train(recipe, progress_bar=False)
+        assert str(caught.value) == (
+            f"{file} is damaged; put back what was saved, or remove the file to train the run on from its "
+            "last checkpoint, or anew where it has none."
+        )
+        assert file.read_bytes() == content
+    file.unlink()
+    result = train(recipe, progress_bar=False)
+    assert (result.loss, result.reused) == (expected.loss, False)
+
+
+@pytest.mark.parametrize("content", [b"", b"12.", b"12.5\n", b"\xff\0", b"a while"])
+def test_time_that_cannot_be_read_counts_as_none(tmp_path: Path, content: bytes) -> None:
+    assert _seconds_so_far(tmp_path) == 0
+    (tmp_path / "seconds").write_bytes(content)
+    assert _seconds_so_far(tmp_path) == {b"12.": 12, b"12.5\n": 12.5}.get(content, 0)
 
 
 def params(recipe: Recipe) -> dict[str, str]:
