@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 INDEX = "rows.index.json"
 FORMAT = 1
+_REMEDY = "put a whole copy back, or remove the run's folder and train it again"
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ class SavedRows(GivenRows):
         try:
             text = path.read_bytes()
         except FileNotFoundError:
-            raise UserError(f"{folder} holds no exported table rows: there is no {INDEX} in it.") from None
+            raise UserError(
+                f"{folder} holds no exported table rows: there is no {INDEX} in it; {_REMEDY}."
+            ) from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
         self._digest = hashlib.sha256(text).hexdigest()
@@ -156,7 +159,7 @@ class SavedRows(GivenRows):
                 if not _tile([part for shard in self._shards for part in shard.parts], self.tables):
                     raise ValueError("rows are missing or double")
         except (UserError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: put a whole copy back, or export the rows again.") from error
+            raise UserError(f"{path} is damaged: {_REMEDY}.") from error
         if version != FORMAT:
             raise UserError(f"{path} has format {version!r}, but this version reads format {FORMAT} only.")
 
@@ -190,14 +193,12 @@ class SavedRows(GivenRows):
             with self._lock:
                 if shard.file not in self._whole:
                     if checked(path) != (shard.bytes, shard.checksum):
-                        raise UserError(
-                            f"{path} is damaged: put a whole copy back, or export the rows again."
-                        )
+                        raise UserError(f"{path} is damaged: {_REMEDY}.")
                     self._whole.add(shard.file)
             with safe_open(path, framework="pt") as file:
                 yield file
         except FileNotFoundError:
-            raise UserError(f"{path} is missing: put a copy back, or export the rows again.") from None
+            raise UserError(f"{path} is missing: {_REMEDY}.") from None
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read: {error}.") from error
 

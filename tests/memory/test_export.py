@@ -28,6 +28,7 @@ TABLES = {"tables.0.weight": 700, "tables.1.weight": 0, "tables.2.weight": 301}
 ROWS = sum(TABLES.values())
 TRAINED = RecordLayout(row_dim=U, rule="adam")
 STORAGES: tuple[RowStorage, ...] = ("float32", "bfloat16", "float8", "float8_row")
+REMEDY = "put a whole copy back, or remove the run's folder and train it again."
 
 
 def trained(seed: int = 0) -> tuple[Tensor, DeviceStore]:
@@ -205,7 +206,7 @@ def test_other_tables_are_refused(tmp_path: Path) -> None:
     assert "tables.0.weight [700, 36], tables.1.weight [0, 36], tables.2.weight [301, 36]" in message
     assert "the network's are tables.0.weight [700, 36]: use" in message
     refusal(lambda: saved.initial(RecordLayout(row_dim=U + 1), TABLES))
-    assert "there is no rows.index.json" in refusal(lambda: SavedRows(tmp_path / "elsewhere"))
+    assert f"there is no {INDEX} in it; {REMEDY}" in refusal(lambda: SavedRows(tmp_path / "elsewhere"))
 
 
 def test_damage_to_a_shard_is_named(tmp_path: Path) -> None:
@@ -219,11 +220,11 @@ def test_damage_to_a_shard_is_named(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
-        assert f"{path} is damaged" in refusal(read_all)
+        assert refusal(read_all) == f"{path} is damaged: {REMEDY}"
     path.write_bytes(whole[:-1])
     assert f"{path} is damaged" in refusal(read_all)
     path.unlink()
-    assert f"{path} is missing" in refusal(read_all)
+    assert refusal(read_all) == f"{path} is missing: {REMEDY}"
     path.write_bytes(whole)
     read_all()
 
@@ -243,7 +244,7 @@ def test_damage_to_the_index_is_named(tmp_path: Path) -> None:
         path.write_text(json.dumps(whole | change))
         refusal(lambda: SavedRows(tmp_path))
     path.write_text(json.dumps(whole)[:-9])
-    assert f"{path} is damaged" in refusal(lambda: SavedRows(tmp_path))
+    assert refusal(lambda: SavedRows(tmp_path)) == f"{path} is damaged: {REMEDY}"
     path.write_text(json.dumps(whole | {"format": 9}))
     assert "has format 9, but this version reads format 1 only" in refusal(lambda: SavedRows(tmp_path))
 
