@@ -29,7 +29,7 @@ from engram_lab.errors import UserError
 from engram_lab.files import make_durable, share_as_folder
 from engram_lab.memory.config import MemoryConfig
 from engram_lab.memory.export import remove_rows
-from engram_lab.memory.saved_rows import INDEX, DenseRows, GivenRows, SavedRows
+from engram_lab.memory.saved_rows import INDEX, DenseRows, GivenRows, SavedRows, checked
 from engram_lab.memory.serving import serving_table
 from engram_lab.model.config import ModelConfig
 from engram_lab.model.engram import EngramConfig
@@ -38,9 +38,10 @@ from engram_lab.model.transformer import Transformer
 from engram_lab.plain import from_plain, to_plain
 
 WEIGHTS, RECORD = "model.safetensors", "model.json"
-FORMAT = 2
-READABLE = (1, 2)
-"""Format 1 had no digest of addresses; its networks are still loaded, on trust."""
+FORMAT = 3
+READABLE = (1, 2, 3)
+"""Format 1 had no digest of addresses, 2 no checksum of weights: such networks are loaded on trust."""
+DAMAGED = "put a whole copy back, or remove the run's folder and train it again"
 ROWS_AT_ONCE = 1 << 18
 """Rows read from shards at once."""
 
@@ -63,6 +64,8 @@ class CheckpointRecord:
     """SHA-256 of all that decides which row is read for an n-gram; None without a memory."""
     rows_digest: str | None = None
     """SHA-256 of the index of the shards with the tables' rows; None where rows are among the weights."""
+    weights_checksum: int | None = None
+    """CRC-32 of the file of weights."""
 
     def digest(self) -> str | None:
         """Return what `address_digest` must be for the other fields."""
@@ -117,6 +120,7 @@ def save(
             else canonical_hash(network.hash.canonical.cpu().numpy()),
             hash_version=HASH_VERSION,
             rows_digest=None if rows is None else SavedRows(folder).digest,
+            weights_checksum=checked(folder / f".{WEIGHTS}.part")[1],
         )
         record = replace(record, address_digest=record.digest())
         (folder / f".{RECORD}.part").write_text(json.dumps(to_plain(record), indent=2) + "\n")
@@ -149,7 +153,7 @@ def read_record(folder: str | os.PathLike[str]) -> CheckpointRecord:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(plain, dict) or plain.get("format") not in READABLE:
         found = plain.get("format") if isinstance(plain, dict) else None
-        formats = " and ".join(map(str, READABLE))
+        formats = ", ".join(map(str, READABLE[:-1])) + f" and {READABLE[-1]}"
         raise UserError(
             f"{path} has checkpoint format {found!r}, but this version reads formats {formats} only."
         )
@@ -206,7 +210,7 @@ def load(
                 f"The checkpoint {folder} was trained with canonical map "
                 f"{str(record.canonical_hash)[:12]}, but the text has {given[:12]}: use the tokenizer it had."
             )
-    tensors = _read_weights(Path(folder) / WEIGHTS, str(device), but="tables." if far else None)
+    tensors = _read_weights(Path(folder), record, str(device), but="tables." if far else None)
     stored = tensors.get("hash.canonical")
     if stored is not None and canonical_hash(stored.cpu().numpy()) != record.canonical_hash:
         raise UserError(f"The checkpoint {folder} is damaged: {RECORD} names another canonical map.")
@@ -238,9 +242,12 @@ def load(
     return network.eval()
 
 
-def _read_weights(path: Path, device: str, but: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a file, those left out whose names begin with `but`."""
-    with _weights_file(path, device) as file:
+def _read_weights(
+    folder: Path, record: CheckpointRecord, device: str, but: str | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of the file of weights, those left out whose names begin with `but`."""
+    _require_whole(folder, record)
+    with _weights_file(folder / WEIGHTS, device) as file:
         names = [name for name in file.keys() if but is None or not name.startswith(but)]  # noqa: SIM118
         return {name: file.get_tensor(name) for name in names}
 
@@ -253,7 +260,20 @@ def _weights_file(path: Path, device: str = "cpu") -> Iterator[Any]:
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no checkpoint: it holds no {path.name}.") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {error}; {DAMAGED}.") from error
+
+
+def _require_whole(folder: Path, record: CheckpointRecord) -> None:
+    """Read the file of weights once, against its checksum."""
+    path = folder / WEIGHTS
+    if record.weights_checksum is None or not path.exists():
+        return
+    try:
+        checksum = checked(path)[1]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    if checksum != record.weights_checksum:
+        raise UserError(f"{path} is damaged: it is not what {RECORD} was saved with; {DAMAGED}.")
 
 
 def given_rows(folder: Path) -> GivenRows:
@@ -269,6 +289,7 @@ def given_rows(folder: Path) -> GivenRows:
         return SavedRows(folder)  # which says what is missing
     if record.network.engram is None or not record.network.engram.n_heads:
         raise UserError(f"'{folder}' holds a network that reads no table by n-gram.")
+    _require_whole(folder, record)
     return _dense(folder, record.network.engram)
 
 

@@ -208,11 +208,19 @@ def test_damage_is_named(tmp_path):
     (tmp_path / "model.json").write_text('{"format": 2}')
     assert "is damaged" in refusal(tmp_path)
     edit(tmp_path, format=99)
-    assert "format 99, but this version reads formats 1 and 2" in refusal(tmp_path)
+    assert "format 99, but this version reads formats 1, 2 and 3" in refusal(tmp_path)
     save(network(), tmp_path, tokenizer_hash="a")
     whole = (tmp_path / "model.safetensors").read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    for changed in (whole[: len(whole) // 2], bytes(flipped)):
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        assert "model.safetensors is damaged" in refusal(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    edit(tmp_path, format=2, weights_checksum=None)  # as an older version saved it: loaded on trust
+    load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in refusal(tmp_path)
+    assert "model.safetensors cannot be read" in refusal(tmp_path)
     (tmp_path / "model.json").write_text("{")
     assert "cannot be read as JSON" in refusal(tmp_path)
 
