@@ -54,7 +54,7 @@ def serving_table(
     what the weights are.
 
     Raises:
-        UserError: a tier that serves no single process, or no room on it.
+        UserError: a tier that serves no single process, no folder for its file, or no room on it.
     """
     if memory.tier == "sharded":
         raise UserError("memory.tier is 'sharded', which trains; serve from resident, host or disk.")
@@ -65,7 +65,8 @@ def serving_table(
 
     store: RowStore
     if memory.tier == "disk":
-        assert memory.directory is not None
+        if memory.directory is None:
+            raise UserError("memory.directory is not set, but a table on disk needs a folder for its file.")
         store = _on_disk(Path(memory.directory), rows, layout, fingerprint, initial, memory)
     else:
         if memory.tier == "host":

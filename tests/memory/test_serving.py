@@ -60,6 +60,12 @@ def test_rows_take_no_more_than_their_values_and_scales(tmp_path: Path, storage:
         close(served)
 
 
+def test_a_table_on_disk_needs_a_folder(tmp_path: Path) -> None:
+    save_run(tmp_path)
+    with pytest.raises(UserError, match=r"memory\.directory is not set"):
+        load(tmp_path / "model", tables=MemoryConfig(tier="disk"))
+
+
 def test_a_file_that_was_not_finished_is_written_anew(tmp_path: Path) -> None:
     network, _ = save_run(tmp_path)
     memory = MemoryConfig(tier="disk", directory=str(tmp_path / "rows"))
